@@ -26,25 +26,16 @@ VOCAB = 97
 
 @st.composite
 def text_models(draw: st.DrawFn) -> dict[str, Any]:
-    """Sizes of a text decoder, what mixes the tokens of each layer, and experts or none."""
+    """Sizes of a text decoder, and what mixes the tokens of each layer."""
     kv_heads, groups = draw(st.sampled_from((1, 2))), draw(st.sampled_from((1, 3)))
     k_heads, each = draw(st.sampled_from((1, 2))), draw(st.sampled_from((1, 2, 3)))
     head_dim, factor = draw(st.sampled_from(((32, 0.5), (64, 0.25), (256, 0.25), (16, 1.0))))
     half = int(head_dim * factor) // 2
-    experts = draw(st.sampled_from((None, 1, 5)))
-    width = {"intermediate_size": 56}
-    if experts is not None:
-        width = {
-            "num_experts": experts,
-            "num_experts_per_tok": min(experts, draw(st.sampled_from((1, 2, 4)))),
-            "moe_intermediate_size": draw(st.sampled_from((24, 48))),
-            "shared_expert_intermediate_size": draw(st.sampled_from((16, 56))),
-        }
     kinds = draw(st.lists(st.sampled_from(("linear_attention", "full_attention")), max_size=3))
     return {
         "vocab_size": VOCAB,
         "hidden_size": draw(st.sampled_from((48, 80))),
-        **width,
+        "intermediate_size": 56,
         "num_hidden_layers": len(kinds) + 2,
         "layer_types": ["linear_attention", "full_attention", *kinds],
         "num_attention_heads": kv_heads * groups,
@@ -64,6 +55,18 @@ def text_models(draw: st.DrawFn) -> dict[str, Any]:
             "mrope_interleaved": True,
             "partial_rotary_factor": factor,
         },
+    }
+
+
+@st.composite
+def sparse_models(draw: st.DrawFn) -> dict[str, Any]:
+    """The same with experts."""
+    count = draw(st.sampled_from((1, 5)))
+    return draw(text_models()) | {
+        "num_experts": count,
+        "num_experts_per_tok": min(count, draw(st.sampled_from((1, 2, 4)))),
+        "moe_intermediate_size": draw(st.sampled_from((24, 48))),
+        "shared_expert_intermediate_size": draw(st.sampled_from((16, 56))),
     }
 
 
@@ -111,7 +114,7 @@ def sequences_of(lengths: list[int]) -> list[Sequence]:
     return made
 
 
-@given(text_models(), st.data())
+@given(text_models() | sparse_models(), st.data())
 @settings(max_examples=6)
 @torch.inference_mode()
 def test_logits_are_those_of_transformers_behind_any_cut(
