@@ -195,7 +195,8 @@ def level(
         "event_gap_ms_p99": percentile(gaps, 99),
         "events_a_token": (len(gaps) + len(found)) / max(tokens, 1),
         "cpu_us_a_token": {
-            name: (seconds - before.get(name, 0.0)) / max(tokens, 1) * 1e6 for name, seconds in after.items()
+            name: (seconds - before.get(name, 0.0)) / max(tokens, 1) * 1e6
+            for name, seconds in after.items()
         },
     }
 

@@ -16,7 +16,8 @@ nothing else catches them to print.
     │   └── DownloadError                 the hub cannot be reached, or refuses
     ├── DeviceError                       the device asked for is not there or not usable
     ├── OutOfMemoryError                  host or device memory is used up
-    ├── EngineError                       one request failed in a way that nobody foresaw
+    ├── EngineError                       the engine is gone, busy, or at fault
+    │   └── RequestError                  one request failed in a way that nobody foresaw
     ├── EndpointError                     no server of `--endpoint` can be used
     │   └── AnswerError                   a server gave no usable answer to one request
     ├── MissingDependencyError            an optional package is not installed or does not load
@@ -31,7 +32,7 @@ nothing else catches them to print.
 from __future__ import annotations
 
 import copyreg
-from typing import Any
+from typing import Any, Self
 
 
 class QwenCliError(Exception):
@@ -106,7 +107,22 @@ class OutOfMemoryError(QwenCliError):
 
 
 class EngineError(QwenCliError):
+    pass
+
+
+class RequestError(EngineError):
     """The error itself is its `__cause__`; other requests go on."""
+
+    @classmethod
+    def of(cls, error: Exception, doing: str) -> Self:
+        """What went wrong with one request while `doing` something for it."""
+        line = (str(error).strip() or "no message").splitlines()[0]
+        failure = cls(
+            f"a request failed while {doing}: {type(error).__name__}: {line}",
+            "other requests go on; this is a fault of qwencli, please report it",
+        )
+        failure.__cause__ = error
+        return failure
 
 
 class EndpointError(QwenCliError):

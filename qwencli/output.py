@@ -17,7 +17,7 @@ import shutil
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -177,9 +177,16 @@ class Output:
     def warn(self, text: str) -> None:
         self._lines(f"warning: {text}")
 
-    def error(self, error: QwenCliError) -> None:
-        """Write an error as its one line: what is wrong and where, then what to do."""
-        self._lines(f"error: {error.message}" + (f" ({error.hint})" if error.hint else ""))
+    def error(self, error: QwenCliError, about: Sequence[str] = ()) -> None:
+        """Write an error as its one line: what is wrong and where, then what to do.
+
+        Args:
+            about: the inputs that it is about; said first where its message names none of them.
+        """
+        said = error.message
+        if about and not any(name in said for name in about):
+            said = f"{', '.join(about)}: {said}"
+        self._lines(f"error: {said}" + (f" ({error.hint})" if error.hint else ""))
 
     def prompt(self, text: str) -> None:
         """Write the sign that a line is awaited; even when quiet."""

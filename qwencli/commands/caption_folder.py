@@ -170,11 +170,12 @@ def _captioner(
     from qwencli.dataset.devices import DeviceWorkers
     from qwencli.dataset.ray_cluster import RayWorkers
 
+    thinking = bool(processor.config.thinking_budget)
     if not devices and ray is None:
-        with running_engine(config, sink, keep_s) as engine:
+        with running_engine(config, sink, keep_s, thinking=thinking) as engine:
             yield LocalCaptioner(engine, processor)
         return
-    fetch_model(config)
+    fetch_model(config, thinking=thinking)
     worker_config = WorkerConfig(config, processor, -(-count // max(1, len(devices))))
     workers: DeviceWorkers | RayWorkers
     if ray is not None:

@@ -33,7 +33,7 @@ from qwencli.commands.requests import (
     running_engine,
     system_messages,
 )
-from qwencli.errors import EngineError, QwenCliError, StoppedError
+from qwencli.errors import QwenCliError, StoppedError
 from qwencli.messages import GenerationRequest, ImagePart, VisualPart, user_message
 from qwencli.output import visible
 from qwencli.tracing import trace_answer
@@ -158,7 +158,7 @@ class Captions:
         results = generate_many(engine, itertools.chain([first], others))
         for each, result in zip(named, results, strict=True):
             names = [str(each)]
-            if isinstance(result, (*OPENING_ERRORS, *ANSWERING_ERRORS, EngineError)):
+            if isinstance(result, (*OPENING_ERRORS, *ANSWERING_ERRORS)):
                 self._report(result, names)
             elif isinstance(result, QwenCliError):
                 raise result
@@ -256,7 +256,7 @@ class Captions:
 
     def _report(self, error: QwenCliError, names: list[str]) -> None:
         self.failed += 1
-        self.sink.error(error)
+        self.sink.error(error, names)
         if self.json:
             self.sink.json_line(failure_record(error, names, self.model))
 
@@ -346,7 +346,9 @@ def print_captions(job: CaptionJob, config: CaptionConfig) -> None:
     )
     with (
         work.counted_when_stopped(len(tasks)),
-        running_engine(run.engine_config(spec), sink, job.keep_s) as engine,
+        running_engine(
+            run.engine_config(spec), sink, job.keep_s, thinking=bool(config.thinking_budget)
+        ) as engine,
         overlays,
     ):
         work.answer_formatted(LocalCaptioner(engine, processor), tasks, overlays.add)

@@ -31,6 +31,7 @@ from qwencli.errors import (
     OutOfMemoryError,
     OutputError,
     QwenCliError,
+    RequestError,
     UsageError,
 )
 from qwencli.messages import (
@@ -51,6 +52,7 @@ _GOES_ON = (
     OutputError,
     UsageError,
     EndpointError,
+    RequestError,
 )
 
 

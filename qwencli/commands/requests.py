@@ -19,6 +19,7 @@ from qwencli.errors import (
     MissingDependencyError,
     OutOfMemoryError,
     QwenCliError,
+    RequestError,
 )
 from qwencli.messages import ImagePart, Message, VideoPart, VisualPart, text_message
 from qwencli.models.resolve import recommended_model, resolve_model
@@ -30,7 +31,7 @@ OPENING_ERRORS = (InputError, MissingDependencyError, OutOfMemoryError)
 # Of what a speed is told.
 _SHORTEST_S = 0.2
 # What one request may end with, while others go on.
-ANSWERING_ERRORS = (InputError, OutOfMemoryError, AnswerError)
+ANSWERING_ERRORS = (InputError, OutOfMemoryError, AnswerError, RequestError)
 
 Named = str | StdinPart
 
@@ -136,10 +137,11 @@ def running_engine(
         thinking: its answers have to have thoughts.
 
     Raises:
-        UsageError: its model has no thoughts; and whatever `Engine.load` raises.
+        UsageError: its model has no thoughts, which is told before the load where its files are
+            here; and whatever `Engine.load` raises.
     """
-    engine = None if keep_s == 0 else _resident(config, sink, keep_s)
-    engine = engine or _loaded_here(config, sink)
+    engine = None if keep_s == 0 else _resident(config, sink, keep_s, thinking=thinking)
+    engine = engine or _loaded_here(config, sink, thinking=thinking)
     said = engine.load_warnings
     try:
         for warning in said:
@@ -157,12 +159,14 @@ def running_engine(
                 sink.warn(warning)
 
 
-def _resident(config: EngineConfig, sink: Output, keep_s: float | None) -> Engine | None:
+def _resident(
+    config: EngineConfig, sink: Output, keep_s: float | None, *, thinking: bool
+) -> Engine | None:
     """The resident engine with this model loaded; None where it cannot be used now."""
     from qwencli.server.resident_state import read_state, state_folder
 
     if keep_s is not None:
-        fetch_model(config)
+        fetch_model(config, thinking=thinking)
     elif read_state(state_folder()) is None:
         return None  # as on most machines, most of the time
     from qwencli.server.resident_engine import ResidentEngine
@@ -180,7 +184,7 @@ def _resident(config: EngineConfig, sink: Output, keep_s: float | None) -> Engin
     return engine
 
 
-def _loaded_here(config: EngineConfig, sink: Output) -> Engine:
+def _loaded_here(config: EngineConfig, sink: Output, *, thinking: bool) -> Engine:
     from qwencli.engine.factory import create_engine
 
     with sink.status(f"starting {config.model.name}"):
@@ -200,7 +204,7 @@ def _loaded_here(config: EngineConfig, sink: Output) -> Engine:
 
                 trace_kernels(device)
     # Here and not in load(): the download's own progress bars need the terminal to themselves.
-    fetch_model(config)
+    fetch_model(config, thinking=thinking)
     try:
         with sink.status(f"loading {config.model.name}", reading_speed(engine)):
             engine.load()
@@ -237,13 +241,25 @@ def _with_resident(error: OutOfMemoryError) -> OutOfMemoryError:
     return OutOfMemoryError(error.message, f"{hint}; or {error.hint}" if error.hint else hint)
 
 
-def fetch_model(config: EngineConfig) -> None:
-    """Download a model's files where they are not here yet."""
-    is_remote = config.model.source is ModelSource.REMOTE
-    if config.model.path is None and config.load_format is LoadFormat.AUTO and not is_remote:
+def fetch_model(config: EngineConfig, *, thinking: bool = False) -> None:
+    """Download a model's files where they are not here yet.
+
+    Args:
+        thinking: its answers have to have thoughts.
+
+    Raises:
+        UsageError: its chat template has none.
+    """
+    if config.model.source is ModelSource.REMOTE:
+        return
+    if config.model.path is None and config.load_format is LoadFormat.AUTO:
         from qwencli.models.hub import locate
 
         locate(config.model, offline=config.offline, allow_pickle=config.allow_pickle)
+    if thinking:
+        from qwencli.engine.factory import check_thoughts
+
+        check_thoughts(config)
 
 
 def memory_figures(plan: Mapping[str, int]) -> str:

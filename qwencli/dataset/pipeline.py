@@ -30,6 +30,7 @@ from qwencli.errors import (
     MissingDependencyError,
     OutOfMemoryError,
     QwenCliError,
+    RequestError,
 )
 from qwencli.messages import GenerationRequest, TextPart, VisualPart
 from qwencli.results import GenerationResult
@@ -38,7 +39,14 @@ if TYPE_CHECKING:
     from qwencli.engine.protocol import Engine
 
 # What costs one picture its caption, while the others are done.
-ITEM_ERRORS = (InputError, MissingDependencyError, OutOfMemoryError, CaptionError, AnswerError)
+ITEM_ERRORS = (
+    InputError,
+    MissingDependencyError,
+    OutOfMemoryError,
+    CaptionError,
+    AnswerError,
+    RequestError,
+)
 # Captions that wait to be written; a disk slower than the engine holds it up.
 WAITING_CAPTIONS = 256
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)

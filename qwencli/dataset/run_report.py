@@ -93,7 +93,7 @@ class RunReport:
                 kind = re.sub(r"\d+", "", note)
                 self._notes.setdefault(kind, (note, []))[1].append(outcome.task.item.key)
         else:
-            self._sink.error(outcome.error)
+            self._sink.error(outcome.error, [outcome.task.item.key])
         if self._json:
             self._tell(outcome)
         if self.device:  # what was refused before is no work

@@ -15,14 +15,25 @@ from typing import TYPE_CHECKING, Self
 
 from qwencli.capabilities import check_thinking
 from qwencli.config import EngineConfig, SamplingOptions, SamplingParams, resolve_sampling
-from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, release
+from qwencli.engine.device_memory import (
+    is_device_lost,
+    is_out_of_memory,
+    out_of_memory_error,
+    release,
+)
 from qwencli.engine.frontend.model_files import ModelFiles, open_model
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.machine.cpu_threads import computing_with, threads_for
 from qwencli.engine.protocol import BytesRead, ManyRequests, drain
 from qwencli.engine.resolve import check_seq_len, resolve_device, resolve_dtype
 from qwencli.engine.response import ResponseBuilder
-from qwencli.errors import OutOfMemoryError, PromptTooLongError, UnsupportedModeError
+from qwencli.errors import (
+    OutOfMemoryError,
+    PromptTooLongError,
+    QwenCliError,
+    RequestError,
+    UnsupportedModeError,
+)
 from qwencli.messages import GenerationRequest
 from qwencli.results import EffectiveConfig, GenerationChunk, GenerationResult
 from qwencli.tracing import span
@@ -175,10 +186,18 @@ class BaseEngine(ManyRequests, ABC):
         Raises:
             InputError: the prompt does not fit the model, or an image cannot be used.
             OutOfMemoryError: the request does not fit the device; the engine stays usable.
+            RequestError: whatever nobody foresaw; the engine stays usable.
         """
         self.load()
-        with computing_with(self._threads):
-            yield from self._stream(request)
+        try:
+            with computing_with(self._threads):
+                yield from self._stream(request)
+        except QwenCliError:
+            raise
+        except Exception as error:
+            if is_device_lost(error):
+                raise  # for all requests
+            raise RequestError.of(error, "answering it") from error
 
     def _stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
         started_s = time.perf_counter()

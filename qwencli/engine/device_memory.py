@@ -50,6 +50,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def is_device_lost(error: BaseException) -> bool:
+    """Whether nothing runs on the device any more."""
+    import torch
+
+    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
+
+
 def out_of_memory_error(
     device: str, doing: str, error: BaseException, *, num_image_tokens: int = 0
 ) -> OutOfMemoryError:

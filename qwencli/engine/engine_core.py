@@ -12,13 +12,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from qwencli.config import SamplingParams
 from qwencli.engine.cache.paged_kv import PAGE_SIZE
 from qwencli.engine.cache.prefix_cache import page_keys
 from qwencli.engine.constrained import TokenMatcher
-from qwencli.engine.device_memory import is_out_of_memory, out_of_memory_error, release
+from qwencli.engine.device_memory import (
+    is_device_lost,
+    is_out_of_memory,
+    out_of_memory_error,
+    release,
+)
 from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.frontend.prompt import Prompt
@@ -39,7 +42,7 @@ from qwencli.engine.runner import ModelRunner, TokenCopy, Unsampled, VerifyCopy
 from qwencli.engine.runner_prompt import RunnerPrompt
 from qwencli.engine.scheduler import Scheduler
 from qwencli.engine.spec_decode.policy import Acceptance, BatchDraftPolicy
-from qwencli.errors import EngineError, OutOfMemoryError, PromptTooLongError, QwenCliError
+from qwencli.errors import OutOfMemoryError, PromptTooLongError, QwenCliError, RequestError
 from qwencli.messages import GenerationRequest
 from qwencli.results import EffectiveConfig, Speculation
 from qwencli.tracing import span
@@ -247,8 +250,8 @@ class EngineCore:
                 active.prompt, index, limits.max_prefill_tokens, clock
             )
         except Exception as error:
-            if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
-                raise  # the device is lost, for all of them
+            if is_device_lost(error):
+                raise  # for all of them
             failure = self._typed(error.with_traceback(None), "encoding its pictures")
         else:
             if done:
@@ -321,8 +324,8 @@ class EngineCore:
         try:
             copy = self._runner.prefill(chunks, [each.prompt for each in active], clock)
         except Exception as error:
-            if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
-                raise  # the device is lost, for all of them
+            if is_device_lost(error):
+                raise  # for all of them
             failure = self._typed(error.with_traceback(None), "running its prompt")
             tokens = sum(chunk.stop - chunk.start for chunk in chunks)
             if is_out_of_memory(error):
@@ -563,12 +566,7 @@ class EngineCore:
             return error
         if is_out_of_memory(error):
             return out_of_memory_error(self._effective.device, doing, error, num_image_tokens=1)
-        failure = EngineError(
-            f"a request failed while {doing}: {type(error).__name__}: {error}",
-            "other requests go on; this is a fault of qwencli, please report it",
-        )
-        failure.__cause__ = error
-        return failure
+        return RequestError.of(error, doing)
 
     def _too_long(self, sequence: Sequence) -> PromptTooLongError:
         pool, rows = self._scheduler.pool, self._scheduler.limits.max_rows

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwencli.capabilities import Need
+from qwencli.capabilities import Need, check_thinking
 from qwencli.config import EngineConfig, EngineName, LoadFormat, Quantization
 from qwencli.engine.protocol import Engine
 from qwencli.errors import ModelFileError, UsageError
@@ -81,6 +81,30 @@ def check_config(config: EngineConfig, engine: EngineName) -> None:
     check_modes(config, engine, lacks, traits)
 
 
+def check_thoughts(config: EngineConfig) -> None:
+    """Refuse thoughts of a model whose chat template has none, before its weights are read.
+
+    Raises:
+        UnsupportedModeError: there cannot be any.
+        ModelFileError, DownloadError: the model's files are not usable, or not to be had.
+    """
+    from qwencli.engine.frontend.chat_template import ChatTemplate
+    from qwencli.engine.frontend.processor_config import VISION_FAMILIES
+    from qwencli.engine.frontend.prompt import can_think
+    from qwencli.models.folder import read_config
+    from qwencli.models.hub import bundled_folder, dummy_config, locate
+
+    model = config.model
+    if config.load_format is LoadFormat.DUMMY:
+        folder, hub_config = bundled_folder(), dummy_config(model)
+    else:
+        folder = locate(model, offline=config.offline, allow_pickle=config.allow_pickle)
+        hub_config = read_config(folder)
+    as_parts = hub_config.get("model_type") in VISION_FAMILIES
+    thinks = can_think(ChatTemplate.from_folder(folder), as_parts=as_parts)
+    check_thinking(model.name, can_think=thinks, wanted=True)
+
+
 def create_engine(config: EngineConfig) -> Engine:
     """Build the engine of `config`, not yet loaded.
 
@@ -122,9 +146,13 @@ def warm_kernels(config: EngineConfig) -> WarmedKernels:
 
     Raises:
         UnsupportedModeError: what this runs as has none.
+        ModelFileError: no engine runs this model.
     """
     from qwencli.engine.resolve import lacks_without_torch, no_kernels
+    from qwencli.models.shape_reader import read_shape
 
+    if config.model.hub_config is not None:
+        read_shape(config.model.hub_config, f"config.json of {config.model.name}")
     engine = default_engine(config)
     if engine is not EngineName.NATIVE:
         raise no_kernels(f"{config.model.name} runs in the transformers engine")

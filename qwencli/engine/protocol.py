@@ -10,7 +10,7 @@ from typing import Protocol, Self
 
 from qwencli.config import EngineConfig
 from qwencli.engine.request import RequestId, RequestSource, StepOutput, request_of
-from qwencli.errors import QwenCliError
+from qwencli.errors import QwenCliError, RequestError
 from qwencli.messages import GenerationRequest
 from qwencli.results import EffectiveConfig, GenerationChunk, GenerationResult
 
@@ -149,6 +149,8 @@ class SerialQueue:
                 request = request_of(self._waiting.pop(number))
             except QwenCliError as error:
                 return [StepOutput(number, error=error)]
+            except Exception as error:  # noqa: BLE001 - others go on
+                return [StepOutput(number, error=RequestError.of(error, "preparing it"))]
             self._running = number, self._stream(request)
         number, chunks = self._running
         try:

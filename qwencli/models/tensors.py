@@ -35,6 +35,12 @@ PREFIXES: dict[Section, str] = {
     "root": r"(?:(?:model|language_model)\.)*(?=lm_head\.)",
 }
 
+# By what a tensor of the decoder is called behind its layer, see `TensorSpec.split_axis`.
+_OF_HEADS = ("qkv", "qkv_bias", "beta_decay", "conv", "decay_log", "decay_bias")
+_BY_RESULTS = (*_OF_HEADS, "gate_up", "shared_gate_up", "embed", "head")
+_BY_INPUTS = ("o", "down", "shared_down")
+_SPLIT_AXES = dict.fromkeys(_BY_RESULTS, 0) | dict.fromkeys(_BY_INPUTS, 1)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -86,6 +92,18 @@ class TensorSpec:
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def split_axis(self) -> int | None:
+        """Along which axis several GPUs could share the tensor (tensor parallelism); None = each
+        has all of it, as of the vision tower. No engine does so yet.
+
+        0: by results, whole heads or rows of the vocabulary (column-parallel); queries, keys and
+        values, or gate and up, of each expert, are split each by itself. 1: by inputs, so that
+        results are sums to be added up (row-parallel).
+        """
+        section, _, name = self.name.partition(".")
+        return _SPLIT_AXES.get(name.rpartition(".")[2]) if section == "text" else None
 
 
 def specs(shape: ModelShape) -> tuple[TensorSpec, ...]:

@@ -18,7 +18,7 @@ from typing import Any
 from qwencli.config import EngineConfig
 from qwencli.engine.protocol import WAIT_S, QueuedEngine, RequestQueue
 from qwencli.engine.request import RequestId, RequestSource, StepOutput, request_of
-from qwencli.errors import EngineError, OutputError, QwenCliError
+from qwencli.errors import EngineError, OutputError, QwenCliError, RequestError
 from qwencli.results import EffectiveConfig, GenerationChunk
 from qwencli.server.resident import Connection, ConnectionLostError, Message, connect, running
 from qwencli.server.resident_state import LOG_FILE, state_folder
@@ -309,9 +309,7 @@ class _ResidentQueue:
         except QwenCliError as error:
             self._inbox.put((asked, {"error": error}))
         except Exception as error:  # noqa: BLE001 - told where the answer is awaited
-            failure = EngineError(f"{type(error).__name__}: {error}", "report this fault")
-            failure.__cause__ = error
-            self._inbox.put((asked, {"error": failure}))
+            self._inbox.put((asked, {"error": RequestError.of(error, "preparing it")}))
 
     def step(self) -> list[StepOutput]:
         """What has come; waits for something, but not for long."""

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from qwencli.cli import run
+from qwencli.engine.base_engine import BaseEngine
 from qwencli.engine.frontend.chat_template import _CHATML as CHATML
 from tests.engine.frontend.tiny_folder import tiny_tokenizer
 
@@ -510,26 +511,67 @@ def test_think_is_what_the_template_is_told(checkpoint, tmp_path, pictures, says
     assert "--think without a bound is for a few pictures" in capsys.readouterr().err
 
 
+def test_what_is_wrong_with_an_answer_names_its_picture(caption, pictures, tmp_path, capsys):
+    """Once, in whatever way pictures were named."""
+    assert caption(*pictures, "--max-seq-len", "8") == 1
+    for picture, line in zip(pictures, capsys.readouterr().err.splitlines(), strict=True):
+        assert line.startswith(f"error: {picture}: the prompt has")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    shutil.copy(pictures[0], folder / "long.png")
+    (folder / "none.png").write_text("none")
+    assert caption(str(folder), "--max-seq-len", "8") == 1
+    (long, none) = (each for each in capsys.readouterr().err.splitlines() if "error:" in each)
+    assert long.startswith("error: long.png: the prompt has")
+    assert none.startswith(f"error: {folder / 'none.png'} is not a picture")
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_what_nobody_foresaw_costs_one_picture(caption, pictures, monkeypatch, capsys, engine):
+    building = BaseEngine._built
+
+    def built(self, request, matcher):
+        (named,) = [part.name for part in request.messages[-1].parts if hasattr(part, "name")]
+        if "one.png" in named:
+            raise ValueError("simulated")
+        return building(self, request, matcher)
+
+    monkeypatch.setattr(BaseEngine, "_built", built)
+    for inputs in (pictures, [str(Path(pictures[0]).parent)]):
+        assert caption(*inputs, "--engine", engine, "--guards", "none") == 1
+        out, err = capsys.readouterr()
+        (line,) = [each for each in err.splitlines() if "error:" in each]
+        assert "one.png: a request failed" in line and "ValueError: simulated" in line
+        assert inputs != pictures or out.startswith(f"{pictures[1]}: ")
+    assert len(list(Path(pictures[0]).parent.glob("*.txt"))) == 1
+
+
 CANNOT_THINK = "cannot think before it answers"
 
 
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Nothing is loaded."""
+
+    def load(*_):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr("qwencli.engine.base_engine.BaseEngine.load", load)
+
+
+@pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize(
     "asked", [("--think",), ("--thinking-budget", "9"), ("--think", "--engine", "transformers")]
 )
-def test_thoughts_of_a_model_that_has_none_are_refused_once(
-    thinking, pictures, capsys, monkeypatch, asked
-):
-    def working(*_):
-        raise AssertionError("a picture is worked on")
-
-    monkeypatch.setattr("qwencli.engine.base_engine.BaseEngine._prompt", working)
+def test_thoughts_of_a_model_that_has_none_are_refused_once(thinking, pictures, capsys, asked):
     assert thinking(*pictures, *asked, "--json", opens=False) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert f"thinking-False {CANNOT_THINK}" in err and "leave out --think" in err
 
 
-@pytest.mark.parametrize("shape", [(), ("--schema", "boxes")])
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("shape", [(), ("--schema", "boxes"), ("--load-format", "dummy")])
 def test_a_set_is_not_begun_with_thoughts_that_cannot_be(thinking, pictures, capsys, shape):
     folder = Path(pictures[0]).parent
     inputs = pictures if shape else [str(folder)]

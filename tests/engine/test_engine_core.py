@@ -24,8 +24,10 @@ from qwencli.engine import (
     scheduler,
     vision_batch,
 )
+from qwencli.engine.base_engine import BaseEngine
 from qwencli.engine.cache.paged_kv import PAGE_SIZE
 from qwencli.engine.client import generate_many
+from qwencli.engine.factory import create_engine
 from qwencli.engine.graphs import RepeatedShapes
 from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.layers import vision_tower
@@ -33,11 +35,12 @@ from qwencli.engine.machine.python_runtime import PASS_TURN_S, STEP_TURN_S
 from qwencli.engine.native import engine as native_engine
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.request import Limits
+from qwencli.engine.response import ResponseBuilder
 from qwencli.engine.spec_decode.policy import BatchDraftPolicy
 from qwencli.errors import (
-    EngineError,
     InputError,
     OutOfMemoryError,
+    RequestError,
     UnsupportedModeError,
     UsageError,
 )
@@ -412,9 +415,50 @@ def test_failures_that_nobody_foresaw_are_those_of_one_request(limited, monkeypa
     results = list(generate_many(limited, [good, *broken, good, good]))
     assert [each.token_ids for each in (results[0], *results[4:])] == [expected] * 3
     for error, phase in zip(results[1:4], ("preprocessing", "vision", "middle"), strict=True):
-        assert isinstance(error, EngineError) and "ValueError: simulated, in" in error.message
+        assert isinstance(error, RequestError) and "ValueError: simulated, in" in error.message
         assert phase in error.message and isinstance(error.__cause__, ValueError)
     assert pages_are_all_free(limited)
+
+
+@pytest.mark.parametrize("named", [EngineName.NATIVE, EngineName.TRANSFORMERS])
+def test_one_after_the_other_they_are_those_of_one_request_too(checkpoint, monkeypatch, named):
+    """As few requests are answered: they have no rows."""
+    good, broken = ask("Well?", images=[picture()], max_new_tokens=4), ask(max_new_tokens=5)
+    adding, building = ResponseBuilder.add, BaseEngine._built
+
+    def cannot_be_opened():
+        raise ValueError("simulated, in opening")
+
+    def built(self, request, matcher):
+        if request.sampling.max_new_tokens == 7:
+            raise ValueError("simulated, in preprocessing")
+        return building(self, request, matcher)
+
+    def add(self, *token):
+        if self.sampling.max_new_tokens == 5 and len(self.token_ids) == 2:
+            raise RuntimeError("simulated, in the middle of decoding")
+        return adding(self, *token)
+
+    monkeypatch.setattr(BaseEngine, "_built", built)
+    monkeypatch.setattr(ResponseBuilder, "add", add)
+    config = engine_config(checkpoint("qwen3_vl"), engine=named)
+    with create_engine(config) as loaded:
+        asked = [good, cannot_be_opened, ask(max_new_tokens=7), broken, good]
+        results = list(generate_many(loaded, asked, expected=len(asked)))
+        assert not loaded.has_unfinished
+    assert results[0].token_ids == results[4].token_ids
+    for error, phase in zip(results[1:4], ("opening", "preprocessing", "the middle"), strict=True):
+        assert isinstance(error, RequestError) and f"Error: simulated, in {phase}" in str(error)
+        assert error.__cause__ is not None
+
+
+def test_a_lost_device_is_not_the_fault_of_one_request(engine, monkeypatch):
+    def lost(*_):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access (simulated)")
+
+    monkeypatch.setattr(BaseEngine, "_built", lost)
+    with pytest.raises(torch.AcceleratorError):
+        list(generate_many(engine, [ask(), ask()], expected=2))
 
 
 def test_no_new_tokens_are_refused_and_a_thousand_requests_are_prepared_in_turn(limited):

@@ -14,9 +14,9 @@ from qwencli.config import (
     ModelSpec,
     Quantization,
 )
-from qwencli.engine.factory import create_engine, default_engine
+from qwencli.engine.factory import create_engine, default_engine, warm_kernels
 from qwencli.engine.native.engine import NativeEngine
-from qwencli.errors import UnsupportedModeError
+from qwencli.errors import ModelFileError, UnsupportedModeError
 from qwencli.models.resolve import resolve_model
 from tests.models.tiny import CONFIGS
 
@@ -93,3 +93,10 @@ def test_an_engine_that_is_named_is_taken() -> None:
                 device="cpu",
             )
         ).load()
+
+
+def test_of_a_model_that_no_engine_runs_no_kernels_are_looked_for() -> None:
+    """Not even told to be another engine's."""
+    spec = ModelSpec("later", ModelSource.LOCAL, hub_config={"model_type": "qwen4_exp"})
+    with pytest.raises(ModelFileError, match=r"later: model_type 'qwen4_exp' is Qwen4"):
+        warm_kernels(EngineConfig(spec))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -333,8 +334,24 @@ def test_the_head_reads_pictures_as_the_model_does(by_head, monkeypatch):
 def test_a_head_that_is_not_there_is_one_line(checkpoint):
     config = engine_config(checkpoint("qwen3"), engine=EngineName.NATIVE, speculate=Speculate.MTP)
     known = replace(config, model=replace(config.model, hub_config=hub_config("qwen3")))
+    assert_no_head(config, known, "no head that drafts tokens")
+
+
+def test_a_head_of_several_layers_is_no_head_of_one(headed, tmp_path):
+    """config.json says so, whatever the weights have: the first of them would draft alone."""
+    folder = tmp_path / "two"
+    shutil.copytree(headed, folder)
+    said = json.loads((folder / "config.json").read_text())
+    said["text_config"]["mtp_num_hidden_layers"] = 2
+    (folder / "config.json").write_text(json.dumps(said))
+    config = engine_config(folder, engine=EngineName.NATIVE, speculate=Speculate.MTP)
+    known = replace(config, model=replace(config.model, hub_config=said))
+    assert_no_head(config, known, "a head that drafts tokens .MTP. of 2 layers, and those of one")
+
+
+def assert_no_head(config, known, said):
     for asked, begin in ((config, NativeEngine.load), (known, NativeEngine.warm_kernels)):
-        with pytest.raises(UnsupportedModeError, match="no head that drafts tokens") as caught:
+        with pytest.raises(UnsupportedModeError, match=said) as caught:
             begin(NativeEngine(asked))
         assert caught.value.nearest == "auto"
 

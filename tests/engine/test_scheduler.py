@@ -42,13 +42,14 @@ class Asked(Sequence):
 
 
 class Device:
-    """What steps leave on the device: the pages of each row, and in each slot of the pool a number
-    for all that what is stored there has seen."""
+    """What steps leave on the device: the pages of each row, and in each slot of the pool, and of
+    the states, a number for all that what is stored there has seen."""
 
     def __init__(self, rows: int) -> None:
         self.tables: list[list[int]] = [[] for _ in range(rows)]
         self.places = [0] * rows
         self.stored: dict[int, int] = {}
+        self.states: dict[int, int] = {}
 
     def run(self, batch, scheduler, fails=False) -> None:
         for source, place in batch.moves:
@@ -56,12 +57,14 @@ class Device:
             self.places[place] = self.places[source]
         for row in batch.released:
             self.tables[row] = []
+        self.copy(batch.restored)
         for chunk in batch.prefill:
             assert chunk.stop > chunk.start
             self.write(chunk.sequence, chunk.start, chunk.stop, fails)
             if chunk.is_last and not fails:
                 self.tables[chunk.sequence.row] = list(chunk.sequence.pages)
                 self.places[chunk.sequence.row] = chunk.stop
+        self.copy(batch.kept)
         for row, table in enumerate(self.tables):
             decoded = [each for each in batch.decode if each.row == row]
             if not table:
@@ -86,15 +89,32 @@ class Device:
                 assert self.stored[slot] == sequence.seen[place], "not what this sequence wrote"
             else:
                 self.stored[slot] = 0 if garbage else sequence.seen[place]
+        if sequence.state is not None:
+            assert not start or self.states[sequence.state] == sequence.seen[start - 1]
+            self.states[sequence.state] = 0 if garbage else sequence.seen[stop - 1]
+
+    def copy(self, copies) -> None:
+        for source, place in copies:
+            self.states[place] = self.states[source]
 
 
 # A history of 40 turns is one number: drawn choice by choice it takes minutes to shrink.
 @settings(max_examples=150, phases=[Phase.explicit, Phase.generate])
-@given(limits=LIMITS, pages=st.integers(2, 12), seed=st.integers(0, 2**32))
-def test_requests_of_any_kind_all_end_and_no_page_is_lost_or_shared_wrongly(limits, pages, seed):
+@given(
+    limits=LIMITS,
+    pages=st.integers(2, 12),
+    kept=st.none() | st.integers(0, 4),
+    seed=st.integers(0, 2**32),
+)
+def test_requests_of_any_kind_all_end_and_nothing_is_lost_or_shared_wrongly(
+    limits, pages, kept, seed
+):
+    """Neither a page nor, of models that have some, a state: as many are kept of others."""
     drawn = Random(seed)
     pool = PagePool(pages)
-    scheduler = Scheduler(limits, pool)
+    num_states = 0 if kept is None else limits.max_rows + kept
+    states = None if kept is None else SnapshotPool(1 + num_states)
+    scheduler = Scheduler(limits, pool, states)
     device = Device(limits.max_rows)
     alive: dict[int, Asked] = {}
     begun: list[int] = []
@@ -121,6 +141,8 @@ def test_requests_of_any_kind_all_end_and_no_page_is_lost_or_shared_wrongly(limi
             short = turn < 40 and bool(batch.prefill) and drawn.randint(0, 9) == 0
             begun += [c.sequence.request for c in batch.prefill if c.start == c.sequence.num_cached]
             device.run(batch, scheduler, fails=short)
+            for chunk in batch.prefill if short else ():
+                scheduler.unkept(chunk.sequence, chunk.stop)
             for chunk in reversed(batch.prefill):
                 if short:  # memory did not suffice
                     begun = [each for each in begun if each != chunk.sequence.request]
@@ -145,6 +167,7 @@ def test_requests_of_any_kind_all_end_and_no_page_is_lost_or_shared_wrongly(limi
             break
     assert not alive and not scheduler.has_unfinished
     assert pool.num_free == pool.capacity and not any(pool._users)
+    assert states is None or states.num_free == num_states
     assert begun == sorted(begun), "first come, first served"
 
 

@@ -149,6 +149,27 @@ def small_hybrid(files: Sequence[Path]) -> str:
     return markdown(["weights", "exact, %", "drafts made", "taken, %"], rows)
 
 
+def same_answers(files: Sequence[Path]) -> str:
+    """Of `benchmarks/same_answers.py`; what it costs where that was timed."""
+    found = [row for file in files for row in read(file)]
+    timed = any("captions_per_s" in row for row in found)
+    rows = []
+    for row in found:
+        ran, mixes = row["effective"], row["mixes"]
+        cells = [
+            ran["dtype"] if row["quantization"] == "none" else ran["quantization"],
+            ran["kernels"],
+            "yes" if row["batch_invariant"] else "no",
+            f"{sum(each['answers'] for each in mixes)}",
+            f"{row['differ_percent']:.1f}",
+        ]
+        if timed:
+            cells += [f"{row['captions_per_s']:.1f}", f"{row['one_row_tok_per_s']:.1f}"]
+        rows.append(cells)
+    head = ["weights", "kernels", "batch-invariant", "answers in mixes", "others than alone, %"]
+    return markdown(head + ["captions/s", "one row, tok/s"] * timed, rows)
+
+
 def mtp(files: Sequence[Path]) -> str:
     """Of `benchmarks/mtp.py`: one file after each change."""
     rows = []

@@ -31,6 +31,7 @@ KINDS: dict[str, Callable[[Sequence[Path]], str]] = {
     "warm-caption": serving_tables.warm_caption,
     "serve-answers": serving_tables.serve_answers,
     "mtp": engine_tables.mtp,
+    "same-answers": engine_tables.same_answers,
     "tile-search": engine_tables.tile_search,
     "attention-cuts": engine_tables.attention_cuts,
     "serve-speed": serving_tables.serve_speed,

@@ -128,6 +128,24 @@ class Prompt:
         return [kinds.get(id_, 0) for id_ in self.input_ids]
 
 
+def can_think(template: ChatTemplate, *, as_parts: bool) -> bool:
+    """Whether a chat template has a switch of thoughts that does something, or opens a thought in
+    any case. What it says of thoughts of earlier turns is neither.
+
+    Args:
+        as_parts: see `ChatTemplate.render`.
+    """
+    hello = (text_message("user", "Hello."),)
+    try:
+        off, on = (
+            template.render(hello, as_parts=as_parts, thinking=thinking)
+            for thinking in (False, True)
+        )
+    except QwenCliError:  # it may know other conversations
+        return template.names_switch
+    return on.rstrip().endswith(THOUGHT) or (template.names_switch and on != off)
+
+
 @dataclass(frozen=True)
 class PromptBuilder:
     """Everything between a conversation and one model's inputs; holds no state.
@@ -215,17 +233,8 @@ class PromptBuilder:
 
     @cached_property
     def can_think(self) -> bool:
-        """Whether thoughts can be asked for: the chat template has a switch that does something,
-        or opens a thought in any case. What it says of thoughts of earlier turns is neither."""
-        hello = (text_message("user", "Hello."),)
-        try:
-            off, on = (
-                self.template.render(hello, as_parts=self.processor is not None, thinking=thinking)
-                for thinking in (False, True)
-            )
-        except QwenCliError:  # it may know other conversations
-            return self.template.names_switch
-        return on.rstrip().endswith(THOUGHT) or (self.template.names_switch and on != off)
+        """Whether thoughts can be asked for."""
+        return can_think(self.template, as_parts=self.processor is not None)
 
     def turn_end_ids(self) -> tuple[int, ...]:
         """What this model's turns end with: by its template, and by its tokenizer (`eos_token`)."""

@@ -332,13 +332,16 @@ class NativeEngine(BaseEngine):
     def _shape_of(self, files: ModelFiles) -> ModelShape:
         """The model's, with its head that drafts tokens where that is to be used."""
         shape, speculate = read_shape(files.hub_config), self.config.speculate
-        if speculate is Speculate.MTP and not shape.text.mtp_layers:
+        layers = shape.text.mtp_layers
+        if speculate is Speculate.MTP and layers != 1:
+            head = "head that drafts tokens (MTP)"
+            has = f"a {head} of {layers} layers, and those of one run" if layers else f"no {head}"
             raise UnsupportedModeError(
-                f"--speculate mtp: {self.config.model.name} has no head that drafts tokens (MTP)",
+                f"--speculate mtp: {self.config.model.name} has {has}",
                 nearest=Speculate.AUTO.value,
             )
         wanted = speculate is Speculate.MTP
-        if speculate is Speculate.AUTO and shape.text.mtp_layers == 1:
+        if speculate is Speculate.AUTO and layers == 1:
             wanted = files.folder is None or has_draft_head(
                 stored_tensors(find_weights(files.folder).files)
             )

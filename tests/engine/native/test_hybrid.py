@@ -58,6 +58,18 @@ def text_models(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@st.composite
+def sparse_models(draw: st.DrawFn) -> dict[str, Any]:
+    """The same with experts."""
+    count = draw(st.sampled_from((1, 5)))
+    return draw(text_models()) | {
+        "num_experts": count,
+        "num_experts_per_tok": min(count, draw(st.sampled_from((1, 2, 4)))),
+        "moe_intermediate_size": draw(st.sampled_from((24, 48))),
+        "shared_expert_intermediate_size": draw(st.sampled_from((16, 56))),
+    }
+
+
 def reference_model(text: dict[str, Any]) -> Any:
     import transformers
 
@@ -67,14 +79,15 @@ def reference_model(text: dict[str, Any]) -> Any:
     }  # fmt: skip
     tokens = {"image_token_id": 90, "video_token_id": 91}
     tokens |= {"vision_start_token_id": 92, "vision_end_token_id": 93}
-    config = transformers.Qwen3_5Config(
+    family = "Qwen3_5Moe" if "num_experts" in text else "Qwen3_5"
+    config = getattr(transformers, f"{family}Config")(
         text_config=text,
         vision_config=vision,
         tie_word_embeddings=text["tie_word_embeddings"],
         **tokens,
     )
     torch.manual_seed(0)
-    model = transformers.Qwen3_5ForConditionalGeneration(config).eval().float()
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval().float()
     for name, parameter in model.named_parameters():
         # Zero-centred norms but for one, and rates of decay as models are begun with.
         if not name.endswith(("A_log", "dt_bias")):
@@ -101,8 +114,8 @@ def sequences_of(lengths: list[int]) -> list[Sequence]:
     return made
 
 
-@given(text_models(), st.data())
-@settings(max_examples=4)
+@given(text_models() | sparse_models(), st.data())
+@settings(max_examples=6)
 @torch.inference_mode()
 def test_logits_are_those_of_transformers_behind_any_cut(
     tmp_path_factory: pytest.TempPathFactory, text: dict[str, Any], data: st.DataObject
