@@ -36,6 +36,10 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+# Engines beside this one, as people write them.
+OTHERS = {"vllm": "vLLM", "transformers": "transformers"}
+
+
 def source(folder: str) -> str:
     """Where a campaign's figures come from: device, versions, model, work, folder."""
     read = json.loads((RESULTS / folder / "environment.json").read_text(encoding="utf-8"))
@@ -122,28 +126,36 @@ def short_speed_table() -> str:
 
 
 def folder_speed() -> str:
-    """Captions a second of a folder, and tokens a second of steps of many rows, by weights."""
-    folder = sorted(RESULTS.glob("*-equal-prompts"))[-1]
-    steps = {mode["mode"]: mode["steps"] for mode in read_json(folder / "rows.json")["modes"]}
-    counts = ("1", "8", "32", "128", "256")
+    """Captions a second of a folder, and tokens a second of many sequences, by engine: medians of
+    what one campaign ran side by side."""
+    folder = sorted(RESULTS.glob("*-side-by-side"))[-1]
+    found: dict[str, list[Any]] = {}
+    for row in read_json(folder / "batches.json"):
+        found.setdefault(row["engine"], []).append(row)
+    names = {"native": "bf16", "native-fp8": "fp8", "native-4bit": "4bit"}
+    counts = ("8", "32", "128", "256")
     rows = []
-    for mode, name in {"none": "bf16", "fp8": "fp8", "4bit": "4bit"}.items():
-        text = (folder / f"captions-{mode}.jsonl").read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text.splitlines()]
-        most = max(line["captions"] for line in lines)
-        rates = [line["captions_per_s"] for line in lines if line["captions"] == most]
-        speeds = [steps[mode][count]["tok_per_s"] if mode in steps else None for count in counts]
+    for engine in (*names, "vllm", "transformers"):
+        own = found[engine]
+        rates = [rate for row in own for rate in row["captions_per_s"]]
+        first = statistics.median(row["first_token_s"]["median"] for row in own)
+        speeds = [
+            [speed for row in own for speed in row["rows"].get(count, ())] for count in counts
+        ]
         rows.append(
-            [name, f"{statistics.median(rates):.0f}", f"{min(rates):.0f}-{max(rates):.0f}"]
-            + ["-" if speed is None else f"{speed:,.0f}" for speed in speeds]
+            [f"qwencli, {names[engine]}" if engine in names else f"{OTHERS[engine]}, bf16"]
+            + [f"{statistics.median(rates):.0f}", f"{min(rates):.0f}-{max(rates):.0f}"]
+            + [f"{1e3 * first:.0f}"]
+            + [f"{statistics.median(each):,.0f}" if each else "-" for each in speeds]
         )
-    header = ["weights", "captions/s", "slowest-fastest run"]
+    header = ["engine", "captions/s", "slowest-fastest run", "first token, ms"]
     header += [f"tok/s of {count}" for count in counts]
-    gpu = read_json(folder / "rows.json")
+    last = found["vllm"][-1]
     return (
-        f"{markdown(header, rows)}\n\n{gpu['gpu']}, qwen3-vl-4b, random weights, torch "
-        f"{gpu['torch']}: {most:,} pictures of 512x512, none known from before, 64 tokens each; "
-        f"steps of so many sequences with 300 tokens in front. From `results/{folder.name}/`."
+        f"{markdown(header, rows)}\n\n{last['gpu']}, qwen3-vl-4b, random weights, torch "
+        f"{last['versions']['torch']}, transformers {last['versions']['transformers']}, vLLM "
+        f"{last['versions']['vllm']}: 500 pictures of 512x512, none known from before, 64 tokens "
+        f"each; sequences with 300 tokens in front. From `results/{folder.name}/batches.json`."
     )
 
 
@@ -156,7 +168,7 @@ def one_sequence(folder: Path) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for row in read_json(folder / "batches.json"):
         if not row["engine"].startswith("native"):
-            name = {"vllm": "vLLM"}.get(row["engine"], row["engine"])
+            name = OTHERS[row["engine"]]
             found.setdefault(f"{name}, bf16", []).extend(row["rows"]["1"])
     names = {"none": "bf16", "bf16": "bf16", "4bit": "4-bit", "q4_0": "4-bit"}
     for path in sorted(folder.glob("*/cells.csv")):
