@@ -16,6 +16,7 @@ from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prefill_graphs import BUCKET, SIZES, PrefillGraphs, Size
 from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.engine.quant.quantized_tensor import Scheme
+from qwencli.errors import RequestError
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.models.shape_reader import read_shape
 from tests.chatting import answers_of_turns
@@ -214,12 +215,12 @@ def test_a_capture_that_failed_is_made_again_and_can_be_dropped(checkpoint, monk
         for request, answer in zip((small, large), expected, strict=True):
             with monkeypatch.context() as patch:
                 patch.setattr(torch.cuda, "graph", lambda *args, **settings: 1 / 0)
-                with pytest.raises(ZeroDivisionError):
+                with pytest.raises(RequestError, match="ZeroDivisionError"):
                     engine.generate(request)
             assert engine.generate(request).token_ids == answer
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "graph", lambda *args, **settings: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
+            with pytest.raises(RequestError, match="ZeroDivisionError"):
                 engine.generate(small)
         assert engine.generate(large).token_ids == expected[1]
 
@@ -251,7 +252,7 @@ def test_a_request_that_failed_in_the_middle_of_a_prompt_harms_no_later_one(
         graphs = graphed(engine)
         with monkeypatch.context() as patch:
             patch.setattr(graphs._graphs, "replay", lambda key: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
+            with pytest.raises(RequestError, match="ZeroDivisionError"):
                 engine.generate(ask(picture()))
         assert engine.generate(ask(picture())).token_ids == expected
 
