@@ -9,10 +9,16 @@ from __future__ import annotations
 import contextlib
 import pickle
 import queue
+import sys
 import threading
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    if sys.platform == "win32":  # what `Pipe` gives there
+        from multiprocessing.connection import PipeConnection as Connection
+    else:
+        from multiprocessing.connection import Connection
 
 
 class Channel:

@@ -13,7 +13,6 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing.connection import Connection
 from typing import Any
 
 from qwencli.engine.machine.child_process import no_interrupt
@@ -145,7 +144,7 @@ class HttpProcess:
             thread.forget(asked)
 
 
-def serve_http(connection: Connection, opened: socket.socket, settings: ServerSettings) -> None:
+def serve_http(connection: Any, opened: socket.socket, settings: ServerSettings) -> None:
     """What the process does."""
     from qwencli.server.app import create_app
     from qwencli.server.listen import run_server, server_for
