@@ -30,7 +30,7 @@ from qwencli.dataset.caption_worker import (
     run_worker,
 )
 from qwencli.dataset.pipeline import Failed, Outcome, Task
-from qwencli.engine.machine.child_process import no_interrupt
+from qwencli.engine.machine.child_process import start_process
 from qwencli.errors import CaptionError, DatasetError, DeviceError, QwenCliError, UsageError
 
 if TYPE_CHECKING:
@@ -349,13 +349,8 @@ def _ending(code: int | None) -> str:
 
 
 def _started(device: str, worker_config: WorkerConfig) -> _Worker:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(
-        target=_work, args=(theirs, worker_config), name=f"captions on {device}"
-    )
-    with no_interrupt():
-        process.start()
+    ours, theirs = multiprocessing.Pipe()
+    process = start_process(_work, (theirs, worker_config), f"captions on {device}")
     theirs.close()
     return _Worker(device, process, ours)
 

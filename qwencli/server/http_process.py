@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from qwencli.engine.machine.child_process import no_interrupt
+from qwencli.engine.machine.child_process import start_process
 from qwencli.errors import EngineError, QwenCliError
 from qwencli.server.answers import EngineStoppedError, stopped
 from qwencli.server.channel import Channel
@@ -45,14 +45,9 @@ class HttpProcess:
         settings: ServerSettings,
         warn: Callable[[str], Any] = lambda line: None,
     ) -> None:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
+        ours, theirs = multiprocessing.Pipe()
         self._warn, self._serves = warn, False
-        self._process = context.Process(
-            target=serve_http, args=(theirs, opened, settings), name="http", daemon=True
-        )
-        with no_interrupt():
-            self._process.start()
+        self._process = start_process(serve_http, (theirs, opened, settings), "http", daemon=True)
         theirs.close()
         opened.close()
         self._channel = Channel(ours)

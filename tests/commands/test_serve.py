@@ -10,11 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
+import qwencli
 from qwencli.cli import run
 from qwencli.commands import serve as command
 from qwencli.server.settings import ServerSettings
@@ -56,9 +58,11 @@ def test_without_the_extra_it_names_it(capsys, monkeypatch) -> None:
     assert "pip install 'qwencli[serve]'" in capsys.readouterr().err
 
 
-def begun(*arguments: str) -> tuple[subprocess.Popen[str], str]:
+def begun(
+    *arguments: str, started_as: tuple[str, ...] = ("-m", "qwencli")
+) -> tuple[subprocess.Popen[str], str]:
     """`qwencli serve` of the bundled model, and its address."""
-    command = [sys.executable, "-m", "qwencli", "serve", "--model", "scenes", "--device", "cpu"]
+    command = [sys.executable, *started_as, "serve", "--model", "scenes", "--device", "cpu"]
     process = subprocess.Popen(
         [*command, "--port", "0", *arguments],
         stdout=subprocess.PIPE,
@@ -67,10 +71,12 @@ def begun(*arguments: str) -> tuple[subprocess.Popen[str], str]:
         start_new_session=True,
     )
     assert process.stderr is not None
+    said = ""
     for line in process.stderr:
+        said += line
         if found := re.search(r"serving scenes at (http://\S+)", line):
             return process, found[1]
-    raise AssertionError("it ended before it served")
+    raise AssertionError(f"it ended before it served: {said}")
 
 
 def processes_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -110,6 +116,23 @@ def test_it_serves_until_it_is_ended(number, whole_group) -> None:
     assert not psutil.wait_procs(there, timeout=10)[1]
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{address}/health")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_files_of_the_working_folder_shadow_no_module(tmp_path, monkeypatch) -> None:
+    for name in ("random", "socket", "typing", "multiprocessing", "pickle", "uvicorn", "numpy"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('the wrong {name}')")
+    starts = tmp_path / "bin" / "qwencli"  # as the installed script is: its folder is on the path
+    starts.parent.mkdir()
+    starts.write_text("from qwencli.cli import main\n\nif __name__ == '__main__':\n    main()\n")
+    here = str(Path(qwencli.__file__).parents[1])
+    monkeypatch.setenv("PYTHONPATH", here)
+    monkeypatch.chdir(tmp_path)
+    process, address = begun(started_as=(str(starts),))
+    assert httpx.get(f"{address}/health").status_code == 200
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0 and "the wrong" not in out + err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
