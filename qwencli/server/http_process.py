@@ -13,7 +13,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwencli.engine.machine.child_process import start_process
 from qwencli.errors import EngineError, QwenCliError
@@ -23,6 +23,9 @@ from qwencli.server.engine_client import ChannelOutlet, EngineClient, Forwarded,
 from qwencli.server.engine_thread import EngineThread
 from qwencli.server.listen import LAST_S
 from qwencli.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from qwencli.server.channel import Connection
 
 # Between two looks whether the process is still there.
 _LOOK_S = 0.5
@@ -139,7 +142,7 @@ class HttpProcess:
             thread.forget(asked)
 
 
-def serve_http(connection: Any, opened: socket.socket, settings: ServerSettings) -> None:
+def serve_http(connection: Connection, opened: socket.socket, settings: ServerSettings) -> None:
     """What the process does."""
     from qwencli.server.app import create_app
     from qwencli.server.listen import run_server, server_for
