@@ -135,7 +135,7 @@ class EngineThread:
     def forget(self, answer: Asked) -> None:
         """Nobody waits for it any more: it is dropped before the next step."""
         with self._ordered:
-            self._orders.append(functools.partial(self._abort, answer))
+            self._orders.append(functools.partial(self._forget, answer))
             self._ordered.notify()
 
     def rows(self) -> concurrent.futures.Future[int]:
@@ -257,6 +257,11 @@ class EngineThread:
         # Pictures are held no longer than the engine needs them.
         answer.source = None
         self._places[answer], self._answers[place] = place, answer
+
+    def _forget(self, answer: Asked) -> None:
+        self._abort(answer)
+        # Whoever asked is told what the engine holds now: no step may follow that would say it.
+        self._tell({answer: []})
 
     def _abort(self, answer: Asked) -> None:
         place = self._places.get(answer)

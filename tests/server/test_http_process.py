@@ -152,6 +152,14 @@ def test_many_at_once_leave_nothing_behind(apart: Served) -> None:
         until(lambda: own.get("/status").json()["running"] == 0)
 
 
+def test_pages_of_answers_that_nobody_waits_for_are_free(client: httpx.Client) -> None:
+    body = asked(max_tokens=500, ignore_eos=True, stream=True, logprobs=True)  # in the pool of many
+    with client.stream("POST", CHAT, json=body) as reply:
+        next(reply.iter_lines())
+        assert client.get("/status").json()["kv_pages"]["used"] > 0
+    until(lambda: client.get("/status").json()["kv_pages"]["used"] == 0)
+
+
 class Held(FakeEngine):
     """Answers when it is let."""
 
