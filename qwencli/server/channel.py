@@ -22,18 +22,17 @@ if TYPE_CHECKING:
 
 
 class Channel:
-    """One end. `send` returns at once, whatever the other side does: a thread of its own writes,
-    and pickles, what is to be sent."""
+    """One end. `send` returns at once, whatever the other side does: a thread of its own writes."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, name="send", daemon=True)
         self._writer.start()
 
     def send(self, message: tuple[Any, ...]) -> None:
-        """Send it, unless the other side is gone; what it holds must not change any more."""
-        self._waiting.put(message)
+        """Send it, unless the other side is gone. Raises whatever keeps it from being pickled."""
+        self._waiting.put(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
 
     def messages(self) -> Iterator[Any]:
         """What the other side says, until it closes its end or is gone."""
@@ -41,13 +40,18 @@ class Channel:
             while True:
                 yield pickle.loads(self._connection.recv_bytes())
 
-    def close(self) -> None:
-        """Close this end, once all is written; a thread that reads from it ends."""
-        self._waiting.put(None)
+    def finish(self) -> None:
+        """Return once all is written; nothing is sent after that."""
+        self._waiting.put(b"")
         self._writer.join()
+
+    def close(self) -> None:
+        """Close this end; nobody may read from it any more."""
+        self.finish()
         self._connection.close()
 
     def _write(self) -> None:
         with contextlib.suppress(OSError):  # which whoever reads finds too
-            while (message := self._waiting.get()) is not None:
-                self._connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+            while data := self._waiting.get():
+                self._connection.send_bytes(data)
+                del data  # a body may be large, and the next message far away

@@ -17,6 +17,8 @@ from qwencli.server.api_errors import ApiError
 from qwencli.server.tool_calls import Call, CallSplitter
 
 MOST_STOPS = 16
+# Of a call's arguments; a body as a whole may not be deeper than 200 either.
+MOST_NESTED = 100
 # JSON has no minus infinity.
 LEAST_LOGPROB = -9999.0
 
@@ -76,9 +78,12 @@ class ChatMessage(Body):
         """Raises ApiError for arguments that are no JSON object."""
         calls = [call.function for call in self.tool_calls or ()]
         for number, call in enumerate(calls):
-            if not isinstance(_json(call.arguments), dict):
-                where = f"{place}.tool_calls.{number}.function.arguments"
+            where = f"{place}.tool_calls.{number}.function.arguments"
+            arguments = _json(call.arguments)
+            if not isinstance(arguments, dict):
                 raise ApiError(400, f"{where}: is not a JSON object", param=where)
+            if _is_deeper(arguments, MOST_NESTED):
+                raise ApiError(400, f"{where}: is nested deeper than {MOST_NESTED}", param=where)
         return tuple(ToolCall(call.name, call.arguments) for call in calls)
 
 
@@ -260,6 +265,17 @@ class ChatBody(Body):
             seed=None if self.seed is None else self.seed & 0xFFFFFFFF,
             stop=stops_of(self.stop),
         )
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    """Whether lists and objects of a JSON value hold each other more than so often."""
+    level = [value]
+    for _ in range(most):
+        held = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [part for parts in held for part in parts if isinstance(part, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _json(text: str) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwencli.engine.request import RequestSource
+from qwencli.errors import EngineError
 from qwencli.results import EffectiveConfig
 from qwencli.server.answers import Answer, Asked, EngineHandle, Piece, stopped
 from qwencli.server.channel import Channel
@@ -91,8 +92,8 @@ class EngineClient:
             raise stopped()
         answer, number = Answer(self._forget, source, whole, in_batch), next(self._numbers)
         answer.source = None
-        self._answers[number], self._names[answer] = answer, number
         self._channel.send(("ask", number, source, whole, in_batch))
+        self._answers[number], self._names[answer] = answer, number
         return answer
 
     def end_answers(self) -> None:
@@ -159,4 +160,9 @@ class ChannelOutlet:
             if answer.is_over:
                 self._unfinished.pop(answer.number, None)
         told = [(answer.number, answer.taken()) for answer in answers]
-        self._channel.send(("told", told, pages_of(self._engine)))
+        pages = pages_of(self._engine)
+        try:
+            self._channel.send(("told", told, pages))
+        except Exception as error:  # noqa: BLE001 - told to those whose pieces they were
+            why = EngineError(f"an answer cannot be sent: {error}", "report this fault of qwencli")
+            self._channel.send(("told", [(answer.number, [why]) for answer in answers], pages))

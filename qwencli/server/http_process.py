@@ -10,6 +10,7 @@ import asyncio
 import multiprocessing
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,7 +26,10 @@ from qwencli.server.listen import LAST_S
 from qwencli.server.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from qwencli.server.channel import Connection
+    if sys.platform == "win32":  # what `Pipe` gives there
+        from multiprocessing.connection import PipeConnection as Connection
+    else:
+        from multiprocessing.connection import Connection
 
 # Between two looks whether the process is still there.
 _LOOK_S = 0.5
@@ -49,7 +53,8 @@ class HttpProcess:
         warn: Callable[[str], Any] = lambda line: None,
     ) -> None:
         ours, theirs = multiprocessing.Pipe()
-        self._warn, self._serves = warn, False
+        self._warn = warn
+        self._listening: threading.Thread | None = None
         self._process = start_process(serve_http, (theirs, opened, settings), "http", daemon=True)
         theirs.close()
         opened.close()
@@ -86,22 +91,23 @@ class HttpProcess:
 
     def begin(self, thread: EngineThread, ready: Callable[[], Any] = lambda: None) -> None:
         """As `serve`, but return at once."""
-        self._serves = True
         thread.on_failure = lambda: self._channel.send(("failed", thread.failure or stopped()))
         self._channel.send(("serve", RemoteEngine.of(thread)))
-        listening = threading.Thread(
+        self._listening = threading.Thread(
             target=self._listen, args=(thread, ready), name="http requests", daemon=True
         )
-        listening.start()
+        self._listening.start()
 
     def close(self) -> None:
         """Have it end: what is written goes out, and all others are told that nothing comes."""
-        if self._serves:
+        if self._listening is not None:
             self._channel.send(("end",))
             self._process.join(_END_S)
         if self._process.is_alive():
             self.kill()
             self._process.join()
+        if self._listening is not None:
+            self._listening.join()
         self._channel.close()
 
     def kill(self) -> None:
@@ -119,27 +125,32 @@ class HttpProcess:
     def _listen(self, thread: EngineThread, ready: Callable[[], Any]) -> None:
         unfinished: dict[int, Forwarded] = {}
         outlet = ChannelOutlet(self._channel, thread.engine, unfinished)
-        for kind, *about in self._channel.messages():
-            if kind == "ask":
-                number, source, whole, in_batch = about
-                asked = Forwarded(number, source, outlet, whole, in_batch)
-                unfinished[number] = asked
-                try:
-                    thread.add(asked)
-                except QwenCliError as error:
-                    asked.take(error)
-                    outlet.wake([asked])
-            elif kind == "forget":
-                # It may have ended meanwhile.
-                if (found := unfinished.pop(about[0], None)) is not None:
+        told: dict[str, Callable[..., Any]] = {"ready": ready, "warn": self._warn}
+        try:
+            for kind, *about in self._channel.messages():
+                if kind == "ask":
+                    _ask(thread, Forwarded(about[0], about[1], outlet, *about[2:]), unfinished)
+                elif kind != "forget":
+                    told[kind](*about)
+                elif (found := unfinished.pop(about[0], None)) is not None:  # it had not ended
                     thread.forget(found)
-            elif kind == "ready":
-                ready()
-            else:
-                self._warn(*about)
-        # Nobody waits for what is still to be answered.
-        for asked in list(unfinished.values()):
-            thread.forget(asked)
+                del about  # a body may be large, and the next message far away
+        except Exception:
+            self.kill()  # what it asks is not heard any more
+            raise
+        finally:
+            # Nobody waits for what is still to be answered.
+            for asked in list(unfinished.values()):
+                thread.forget(asked)
+
+
+def _ask(thread: EngineThread, asked: Forwarded, unfinished: dict[int, Forwarded]) -> None:
+    unfinished[asked.number] = asked
+    try:
+        thread.add(asked)
+    except QwenCliError as error:
+        asked.take(error)
+        asked.outlet.wake([asked])
 
 
 def serve_http(connection: Connection, opened: socket.socket, settings: ServerSettings) -> None:
@@ -161,13 +172,18 @@ def serve_http(connection: Connection, opened: socket.socket, settings: ServerSe
         server.should_exit = True
 
     def listen(loop: asyncio.AbstractEventLoop) -> None:
-        with suppress(RuntimeError):  # the loop has ended
+        def tell(do: Callable[..., None], *about: Any) -> None:
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(do, *about)
+
+        try:
             for kind, *about in messages:
                 if kind == "told":
-                    loop.call_soon_threadsafe(client.take, *about)
+                    tell(client.take, *about)
                 else:
-                    loop.call_soon_threadsafe(end, about[0] if about else None)
-            loop.call_soon_threadsafe(end, EngineStoppedError("the engine is gone"))
+                    tell(end, about[0] if about else None)
+        finally:
+            tell(end, EngineStoppedError("the engine is gone"))
 
     def begin() -> None:
         loop = asyncio.get_running_loop()
@@ -175,4 +191,4 @@ def serve_http(connection: Connection, opened: socket.socket, settings: ServerSe
         channel.send(("ready",))
 
     run_server(server, opened, begin, lambda line: channel.send(("warn", line)))
-    channel.close()
+    channel.finish()

@@ -146,6 +146,11 @@ WRONG = {
     "arguments that are not JSON": asked(messages=[
         {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}
     ]),
+    "arguments of great depth": asked(messages=[
+        {"role": "assistant", "tool_calls": [
+            {"function": {"name": "f", "arguments": '{"a":' * 900 + "1" + "}" * 900}}
+        ]}
+    ]),
     "the likeliest of no logprobs": asked(top_logprobs=2),
     "too many logprobs": asked(logprobs=True, top_logprobs=21),
 }  # fmt: skip

@@ -22,6 +22,7 @@ from qwencli import errors
 from qwencli.config import EngineConfig
 from qwencli.engine.factory import create_engine
 from qwencli.errors import EngineError, QwenCliError, UnsupportedModeError
+from qwencli.results import GenerationChunk
 from qwencli.server import answers
 from qwencli.server.settings import ServerSettings
 from tests.dataset.fake_engine import FakeEngine
@@ -223,6 +224,31 @@ def test_a_process_that_ends_by_itself_leaves_nothing_running() -> None:
         running.http.kill()
         engine.go.set()
         asking.join()
+        until(lambda: not running.thread.num_unfinished)
+
+
+class Unsendable(FakeEngine):
+    """Its second answer has a piece that no pipe takes."""
+
+    def __init__(self) -> None:
+        super().__init__(SimpleNamespace(batch_invariant=False), max_rows=1)
+        self.count = 0
+
+    def stream(self, request: Any) -> Any:
+        self.count += 1
+        if self.count == 2:
+            yield GenerationChunk("text", (1,), thoughts=threading.Lock())  # type: ignore[arg-type]
+        yield from super().stream(request)
+
+
+def test_an_answer_that_cannot_be_sent_costs_no_other() -> None:
+    with (
+        own_server.serving(Unsendable(), ServerSettings("any")) as running,
+        httpx.Client(base_url=running.address, timeout=30) as client,
+    ):
+        replies = [client.post(CHAT, json=asked() | {"stream": False}) for _ in range(3)]
+        assert [each.status_code for each in replies] == [200, 500, 200]
+        assert "cannot be sent" in replies[1].json()["error"]["message"]
         until(lambda: not running.thread.num_unfinished)
 
 
