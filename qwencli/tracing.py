@@ -23,7 +23,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import uuid4
 
 from qwencli.errors import OutputError, UsageError
 from qwencli.results import GenerationResult
@@ -265,7 +264,7 @@ class TraceFile:
         return self.path.with_name(f".{self.path.name[:100]}.{_MARK}")
 
 
-_MARK = uuid4().hex[:8]
+_MARK = os.urandom(4).hex()
 
 
 def _write(

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwencli.engine.frontend.chat_template import ChatTemplate
+from qwencli.messages import GenerationRequest
 from qwencli.results import EffectiveConfig, GenerationChunk, GenerationResult, Timings
 from qwencli.server.responses_api import ResponsesBody, ResponsesFormat
 from qwencli.server.tool_calls import CallSplitter
+from tests.dataset.fake_engine import FakeEngine
+from tests.server.conftest import serving
 
 WEATHER = {
     "type": "function",
@@ -133,3 +140,48 @@ def test_a_message_that_is_cut_is_incomplete_and_one_before_a_call_is_not() -> N
     done = [e["item"]["status"] for e in events if e["type"] == "response.output_item.done"]
     assert done == ["completed", "completed", "incomplete"]
     assert events[-1]["type"] == "response.incomplete"
+
+
+# As Qwen's families have it, without what is said about the form.
+TEMPLATE = (
+    "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}{% for m in messages %}{{ m.role }}: "
+    "{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }} "
+    "{{ c.function.arguments | tojson }}</tool_call>{% endfor %}\n{% endfor %}"
+)
+
+
+def test_a_tool_is_offered_called_and_answered(tmp_path: Path) -> None:
+    """By the real client, there and back: what the template shows is what the model reads."""
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    template = ChatTemplate.from_folder(tmp_path)
+    shown: list[str] = []
+
+    def answer(request: GenerationRequest) -> str:
+        tools = [json.loads(tool) for tool in request.tools]
+        shown.append(template.render(request.messages, as_parts=False, tools=tools))
+        return "It rains." if "tool: rain" in shown[-1] else f"Let me look.\n{AS_JSON}"
+
+    engine = FakeEngine(SimpleNamespace(batch_invariant=True), answer)
+    asked: list[dict[str, Any]] = [{"role": "user", "content": "Rome?"}]
+    with (
+        serving(engine) as running,
+        openai.OpenAI(base_url=f"{running.address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        create = client.chat.completions.create
+        (choice,) = create(model="scenes", messages=asked, tools=[WEATHER]).choices
+        assert '"name": "weather"' in shown[-1]
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me look.")
+        (call,) = choice.message.tool_calls
+        assert (call.function.name, json.loads(call.function.arguments)) == CALL
+        events = list(create(model="scenes", messages=asked, tools=[WEATHER], stream=True))
+        (piece,) = (c for e in events for c in e.choices[0].delta.tool_calls or ())
+        assert (piece.index, piece.function.name) == (0, "weather") and piece.id
+        assert json.loads(piece.function.arguments) == CALL[1]
+        assert events[-1].choices[0].finish_reason == "tool_calls"
+        back = {"role": "tool", "tool_call_id": call.id, "content": "rain"}
+        asked += [choice.message.model_dump(exclude_none=True), back]
+        (choice,) = create(model="scenes", messages=asked, tools=[WEATHER]).choices
+        assert '<tool_call>weather {"city": "Rome", "days": 2}</tool_call>' in shown[-1]
+        assert (choice.finish_reason, choice.message.content) == ("stop", "It rains.")
+        create(model="scenes", messages=asked[:1], tools=[WEATHER], tool_choice="none")
+        assert "weather" not in shown[-1]
