@@ -12,6 +12,7 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from importlib.machinery import ModuleSpec
 from typing import Any
 
@@ -23,9 +24,6 @@ _DEVELOPERS = frozenset({"test", "dev"})
 
 def package_version(name: str) -> str | None:
     """Installed version of a distribution, without importing it; None when it is not there."""
-    # 20 ms that a caption of a model that is kept loaded has no use for.
-    from importlib import metadata
-
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -61,8 +59,6 @@ class Outdated:
 def least_versions() -> Mapping[str, LeastVersion]:
     """Distribution, by its normalized name -> what is asked of it on this system; empty where
     qwencli is not installed as a package."""
-    from importlib import metadata
-
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
     from packaging.version import Version
