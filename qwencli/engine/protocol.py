@@ -56,7 +56,23 @@ class RequestQueue(Protocol):
     def close(self) -> None: ...
 
 
-class Engine(RequestQueue, Protocol):
+class EngineFacts(Protocol):
+    """What a loaded engine is, see `Engine`."""
+
+    @property
+    def effective(self) -> EffectiveConfig: ...
+
+    @property
+    def max_seq_len(self) -> int | None: ...
+
+    @property
+    def model_type(self) -> str | None: ...
+
+    @property
+    def can_think(self) -> bool | None: ...
+
+
+class Engine(EngineFacts, RequestQueue, Protocol):
     """Loads one model once and answers requests until closed. A context manager.
 
     `effective`, `load_s`, `max_seq_len` (most tokens of a request, None where
@@ -84,19 +100,7 @@ class Engine(RequestQueue, Protocol):
     batch_from: int
 
     @property
-    def effective(self) -> EffectiveConfig: ...
-
-    @property
     def load_s(self) -> float: ...
-
-    @property
-    def max_seq_len(self) -> int | None: ...
-
-    @property
-    def model_type(self) -> str | None: ...
-
-    @property
-    def can_think(self) -> bool | None: ...
 
     @property
     def memory_plan(self) -> Mapping[str, int]: ...

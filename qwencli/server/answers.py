@@ -13,9 +13,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from qwencli.engine.protocol import EngineFacts
 from qwencli.engine.request import RequestSource
 from qwencli.errors import EngineError, QwenCliError
-from qwencli.results import EffectiveConfig, GenerationChunk
+from qwencli.results import GenerationChunk
 
 
 class TooManyRequestsError(QwenCliError):
@@ -173,22 +174,6 @@ class Answer(Asked):
                     return
         except Exception as error:  # noqa: BLE001 - it is the waiting task's
             waiter.set_exception(error)
-
-
-class EngineFacts(Protocol):
-    """What a server tells of the engine it asks, see `Engine`."""
-
-    @property
-    def max_seq_len(self) -> int | None: ...
-
-    @property
-    def model_type(self) -> str | None: ...
-
-    @property
-    def can_think(self) -> bool | None: ...
-
-    @property
-    def effective(self) -> EffectiveConfig: ...
 
 
 class EngineHandle(Protocol):

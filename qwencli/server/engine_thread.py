@@ -1,9 +1,8 @@
 """One thread that owns an engine.
 
 Requests come in through a list of orders, answers go out through a list for each; nothing else is
-shared.
-A lone request runs as `engine.stream` does, which is the faster way for one; those that come
-meanwhile run together, in turns with it, and for half a minute from then on so does every one:
+shared. A lone request runs as `engine.stream` does, which is the faster way for one; those that
+come meanwhile run together, in turns with it, and for half a minute from then on so does every one:
 each turn of a lone one costs those that run together a step.
 """
 
