@@ -141,10 +141,9 @@ def measure(config: EngineConfig, options: argparse.Namespace) -> dict[str, Any]
             engine._forget()
             lone.append(known(engine.generate(request)))
         for request in requests:
-            engine._close_queue()
-            engine._forget()
+            engine._recover()  # a queue of its own, and the memory of the last one given back
             alone += [known(result) for result in generate_many(engine, [request])]
-        engine._close_queue()
+        engine._recover()
         mixes = mixed(engine, requests, options.mixes)
         found = [compare(answers, alone) for answers in mixes]
         said = {
@@ -154,7 +153,7 @@ def measure(config: EngineConfig, options: argparse.Namespace) -> dict[str, Any]
             "effective": asdict(engine.effective),
         }
         if options.captions:
-            engine._close_queue()
+            engine._recover()
             said |= costs(engine, options.captions, options.side, options.most_tokens)
     return said
 

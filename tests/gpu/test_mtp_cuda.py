@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.engine.ops.test_rejection import VOCAB, sampler_of, tables
+from tests.engine.ops.test_next_tokens import VOCAB, sampler_of, tables
 
 from qwencli.config import (
     DType,
