@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import sys
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 # torch reports host exhaustion as a plain RuntimeError; these are the phrases it uses.
 _HOST_PHRASES = ("can't allocate memory", "not enough memory", "DefaultCPUAllocator", "bad alloc")
+
+# CUDA graphs that are alive. What they captured of cuBLAS goes on writing to the workspace that it
+# had then, wherever that memory has gone since.
+captured_graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
 
 def release(device: str) -> None:
@@ -32,7 +37,8 @@ def release(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
         # cuBLAS holds a workspace for every stream it has seen, outside what empty_cache returns.
-        torch._C._cuda_clearCublasWorkspaces()
+        if not captured_graphs:
+            torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
     elif device == "mps":
         torch.mps.empty_cache()

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from qwencli.engine.device_memory import captured_graphs
 from qwencli.engine.machine.python_runtime import gc_paused
 from qwencli.tracing import span
 
@@ -83,6 +84,7 @@ class GraphRunner:
             torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode=mode),
         ):
             work()
+        captured_graphs.add(graph)
         self._graphs[key] = graph
 
     def replay(self, key: Hashable) -> None:

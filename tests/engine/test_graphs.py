@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwencli.engine.graphs import ROOM_BYTES, SHAPES_KEPT, TIMES_MET, RepeatedShapes, pieces
+from qwencli.engine.device_memory import release
+from qwencli.engine.graphs import (
+    ROOM_BYTES,
+    SHAPES_KEPT,
+    TIMES_MET,
+    GraphRunner,
+    RepeatedShapes,
+    pieces,
+)
+from tests.engine.native.host_graphs import run_graphs_on_the_host
 
 
 class RunGraphs:
@@ -91,3 +100,21 @@ def test_a_pass_is_cut_into_powers_of_two_of_what_is_alike():
     assert pieces("abaaccaaa", 4) == [[0, 2, 3, 6], [7, 8], [4, 5], [1]]
     assert pieces("abcd", 4) == [[0, 1, 2, 3]]
     assert pieces("aaa", 1) == [[0], [1], [2]]
+
+
+def test_memory_that_is_given_back_leaves_graphs_what_they_write_to(monkeypatch):
+    """cuBLAS writes to a workspace that the capture saw: it stays as long as a graph does."""
+    run_graphs_on_the_host(monkeypatch)
+    cleared = []
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device: None)
+    monkeypatch.setattr(
+        torch._C, "_cuda_clearCublasWorkspaces", lambda: cleared.append(1), raising=False
+    )
+    runner = GraphRunner(torch.device("cuda"))
+    runner.capture("key", lambda: None)
+    release("cuda")
+    assert not cleared
+    runner.drop("key")
+    release("cuda")
+    assert cleared

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +22,7 @@ from qwencli.config import (
 )
 from qwencli.engine.client import generate_many
 from qwencli.engine.device_memory import release
+from qwencli.engine.graphs import GraphRunner
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.messages import GenerationRequest, ImagePart, user_message
 from qwencli.models.memory import RUNTIME_BYTES
@@ -102,3 +105,44 @@ def test_a_batch_keeps_within_what_is_free(kv_dtype):
         assert all(len(each.token_ids) == 64 for each in results)
         assert not any(each.notes for each in results), "memory was not short"
         assert sum(each.num_cached_tokens > 0 for each in generate_many(engine, requests)) > 40
+
+
+def test_graphs_run_after_memory_was_given_back():
+    """Their workspaces of cuBLAS are not given back with it: a request that fails in a batch ended
+    in an illegal memory access of the next step."""
+    runner = GraphRunner(torch.device("cuda"))
+    x, weights = (torch.randn(rows, 16384, device="cuda", dtype=torch.bfloat16) for rows in (8, 64))
+    results = []
+
+    def products():
+        results[:] = [x @ weights.t() for _ in range(8)]
+
+    runner.capture("products", products)
+    release("cuda")
+    filled = torch.full((2**28,), 7.0, device="cuda")  # where the workspace would have been
+    runner.replay("products")
+    torch.cuda.synchronize()
+    expected = x @ weights.t()
+    assert all((result - expected).abs().max() < 1e-2 * expected.abs().max() for result in results)
+    assert bool((filled == 7.0).all())
+
+
+@pytest.mark.parametrize("quantization", [Quantization.NONE, Quantization.INT8, Quantization.INT4])
+def test_a_request_that_fails_leaves_the_others_their_graphs(quantization, monkeypatch):
+    requests = [look(256, 256, 24) for _ in range(4)]
+    with NativeEngine(config(quantization=quantization)) as engine:
+        lone = engine.generate(requests[0]).token_ids
+        generate_all = functools.partial(generate_many, engine, requests)
+        assert all(len(each.token_ids) == 24 for each in generate_all())
+        runner = engine._queue._runner
+        prefill, calls = runner.prefill, itertools.count()
+
+        def first_fails(*arguments):
+            if next(calls) == 0:
+                raise RuntimeError("CUDA out of memory. Tried to allocate")
+            return prefill(*arguments)
+
+        monkeypatch.setattr(runner, "prefill", first_fails)
+        assert all(len(each.token_ids) == 24 for each in generate_all())
+        assert next(calls) > 1
+        assert engine.generate(requests[0]).token_ids == lone
