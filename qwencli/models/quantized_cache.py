@@ -19,7 +19,7 @@ from qwencli.config import Quantization
 from qwencli.errors import ModelFileError
 
 # Counted up whenever the same weights would be quantized or stored otherwise than before.
-LAYOUT = 2
+LAYOUT = 3
 _LENGTH_BYTES = 8
 # Of each weight file's values: pieces of this size, spread evenly.
 _SAMPLES, _SAMPLE_BYTES = 64, 4096

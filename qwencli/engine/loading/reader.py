@@ -57,11 +57,18 @@ def pin_ahead(device: torch.device) -> None:
 class PendingRead:
     """A tensor on its way to its place; `wait` before it is used."""
 
-    def __init__(self, reader: Reader, pieces: Sequence[tuple[_Piece, Future[_Staging | None]]]):
+    def __init__(
+        self, reader: Reader, pieces: Sequence[tuple[_Piece, Future[_Staging | None]]]
+    ) -> None:
         self._reader, self._pieces = reader, pieces
 
     def wait(self) -> None:
-        """Until what the current stream does next sees the tensor.
+        """Until what the current stream does next sees the tensor. Raises as `read`."""
+        self.read()
+        self._reader.join()
+
+    def read(self) -> None:
+        """Until all of it has been read; on a GPU it is on its way then, see `Reader.join`.
 
         Raises:
             ModelFileError: the file is shorter than its header says.
@@ -96,6 +103,12 @@ class Reader:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all reading. What was read is where it belongs then."""
+        if self._closed:
+            return
         self._closed = True
         for _ in range(self._num_threads if self._ring is not None else 0):
             # What a thread waits for that nobody will give back after a failure.
@@ -109,19 +122,36 @@ class Reader:
 
     def read(self, source: StoredTensor, to: torch.Tensor) -> None:
         """Fill the flat tensor `to` with the values of `source`, converted to its type. Raises as
-        `PendingRead.wait`."""
+        `PendingRead.read`."""
         self.begin(source, to).wait()
 
-    def begin(self, source: StoredTensor, to: torch.Tensor) -> PendingRead:
-        """Begin to `read`; what the current stream has yet to do to `to` comes first."""
+    def now(self) -> torch.cuda.Event | None:
+        """On a GPU, the end of what the current stream has been given."""
+        if not self._cuda:
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def join(self) -> None:
+        """What the current stream does next sees all that has been read."""
+        if self._copies is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._copies)
+
+    def begin(
+        self, source: StoredTensor, to: torch.Tensor, ready: torch.cuda.Event | None = None
+    ) -> PendingRead:
+        """Begin to `read`.
+
+        Args:
+            ready: of `now`, when nothing used the place of `to` any more; None = what the current
+                stream has yet to do comes first.
+        """
         dtype = DTYPES[source.dtype]
         direct = to.device.type == "cpu" and to.dtype == dtype
         if not direct and self._ring is None:
             self._ring = self._make_ring()
-        ready = None
-        if self._cuda:
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record(torch.cuda.current_stream(self._device))
+        ready = ready or self.now()
         step = self._piece_bytes // dtype.itemsize
         pieces = [
             _Piece(source, start * dtype.itemsize, dtype, to[start : start + step], ready)
@@ -131,10 +161,9 @@ class Reader:
         return PendingRead(self, [(piece, self._pool.submit(work, piece)) for piece in pieces])
 
     def finish(self, piece: _Piece, staging: _Staging) -> None:
-        """Have a piece where it belongs that was read into the ring, for the current stream."""
+        """Have a piece where it belongs that was read into the ring."""
         if staging.copied is not None:
-            torch.cuda.current_stream(self._device).wait_event(staging.copied)
-            return
+            return  # `join`
         assert self._ring is not None, "the piece is in it"
         # In the caller's thread, whose operators share out their work among threads that are there.
         piece.to.copy_(staging.bytes[: piece.num_bytes].view(piece.dtype))
@@ -144,7 +173,7 @@ class Reader:
         """The whole tensor in its own type and shape.
 
         Raises:
-            ModelFileError: a type that is not read here, or as `read`.
+            ModelFileError: a type that is not read here, or as `PendingRead.read`.
         """
         to, reading = self.begin_as_stored(source)
         reading.wait()
@@ -279,6 +308,20 @@ def largest_of(values: torch.Tensor) -> Largest:
     # Numbers: small tensors that stay keep the heap from giving back what was in use below them.
     low, high = values.aminmax()
     return max(abs(float(low)), abs(float(high)))
+
+
+def largest_of_each(values: Mapping[str, torch.Tensor]) -> dict[str, Largest]:
+    """`largest_of`, of tensors of one device; on a GPU a few kernels for all."""
+    alike: dict[torch.dtype, list[str]] = {}
+    for name, tensor in values.items():
+        if tensor.device.type == "cpu":
+            return {name: largest_of(tensor) for name, tensor in values.items()}
+        alike.setdefault(tensor.dtype, []).append(name)
+    found: dict[str, Largest] = {}
+    for names in alike.values():
+        norms = torch._foreach_norm([values[name] for name in names], math.inf)
+        found.update(zip(names, norms, strict=True))
+    return found
 
 
 def check_finite(largest: Mapping[str, Largest], dtype: torch.dtype) -> Mapping[str, float]:

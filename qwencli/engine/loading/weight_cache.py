@@ -2,7 +2,7 @@
 
 The file is a safetensors file that is written matrix by matrix when the model is loaded, beside the
 first requests (`BackgroundWriter`): room for the header is left free, and the header is written
-last, with a checksum of each tensor's bytes and a digest of the header itself. It gets its name
+last, with a checksum of all tensors' bytes and a digest of the header itself. It gets its name
 when it is whole. What cannot be kept (a full disk) is a warning; what is there but damaged,
 outdated or of another layout is written anew, and what killed writers left is deleted.
 """
@@ -16,29 +16,19 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO
 
 import torch
 
 from qwencli.engine.loading.reader import DTYPES, Reader
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme
 from qwencli.errors import ModelFileError
-from qwencli.models.quantized_cache import claimed, remove_leftovers, temporary_file
-from qwencli.models.weight_files import StoredTensor, read_header
+from qwencli.models.quantized_cache import claimed, temporary_file
+from qwencli.models.weight_files import StoredTensor, TensorInfo, read_header
 from qwencli.tracing import span
-
-
-class HasMatrices(Protocol):
-    """A model's weights."""
-
-    @property
-    def matrices(self) -> Mapping[str, QuantizedTensor]: ...
-
-
-Quantized = TypeVar("Quantized", bound=HasMatrices)
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Of a tensor's entry in the header; what is left over is filled with spaces, as the format allows.
@@ -48,8 +38,10 @@ _PARTS = ("data", "scale", "zero")
 _IN_FILES = {"zero_point": "zero"}
 # How long one tensor may take to be written once nobody waits for the file any more.
 _TENSOR_S = 2.0
-# Of `checksum`.
+# Of the table that is summed.
 _ROW_BYTES = 8 * 4096
+# Where tensors begin at multiples of this, kernels read as many bytes at once.
+_ALIGNED = 16
 
 
 class DamagedCache(Exception):
@@ -57,51 +49,69 @@ class DamagedCache(Exception):
 
 
 class CachedMatrices:
-    """The matrices in a file of this cache; `verify` after the last one has been read."""
+    """The matrices in a file of this cache.
 
-    def __init__(self, stored: dict[str, StoredTensor], sums: dict[str, str], schemes: Any) -> None:
-        self._stored, self._wanted, self._schemes = stored, sums, schemes
-        self._sums: dict[str, Sequence[torch.Tensor] | str] = {}
+    Args:
+        whole: all that is behind the header, as one tensor.
+        parts: type, shape, and the bytes of `whole`, by "matrix.part".
+        checksum: of `whole`, when it was written.
+        schemes: by matrix.
+    """
+
+    def __init__(
+        self,
+        whole: StoredTensor,
+        parts: Mapping[str, TensorInfo],
+        checksum: str,
+        schemes: Mapping[str, Scheme],
+    ) -> None:
+        self._whole, self._parts, self._checksum = whole, parts, checksum
+        self._schemes = schemes
 
     def __contains__(self, name: str) -> bool:
         return name in self._schemes
 
-    def size_bytes(self, name: str) -> int:
-        """Of what is read of a matrix; 0 = it is not here."""
-        parts = (self._stored.get(f"{name}.{part}") for part in _PARTS)
-        return sum(part.size_bytes for part in parts if part is not None)
+    @property
+    def size_bytes(self) -> int:
+        return self._whole.size_bytes
 
-    def begin(self, name: str, reader: Reader) -> Callable[[], QuantizedTensor]:
-        """Begin to read the matrix of this name to the reader's device; what is returned ends it.
+    def begin(self, reader: Reader) -> Callable[[], Mapping[str, QuantizedTensor]]:
+        """Begin to read them all to the reader's device; what is returned ends it.
+
+        What that returns are views of one tensor: a read, a check and an allocation for the whole
+        file instead of three for each part of hundreds of matrices.
 
         Raises:
-            DamagedCache: the file went away, or became shorter, since it was opened.
+            DamagedCache: the file went away, or became shorter, since it was opened; or its bytes
+                are not those that were written.
         """
-        begun = {}
-        for part in _PARTS:
-            source = self._stored.get(f"{name}.{part}")
-            if source is not None:
-                begun[part] = source.name, *reader.begin_as_stored(source)
+        whole, reading = reader.begin_as_stored(self._whole)
 
-        def finish() -> QuantizedTensor:
-            parts = {}
-            for part, (stored, tensor, reading) in begun.items():
-                try:
-                    reading.wait()
-                except (OSError, ModelFileError) as error:
-                    raise DamagedCache from error
-                parts[part] = tensor
-                self._sums[stored] = sums_of(tensor)
-            return QuantizedTensor(
-                Scheme(self._schemes[name]), parts["data"], parts["scale"], parts.get("zero")
-            )
+        def finish() -> Mapping[str, QuantizedTensor]:
+            try:
+                reading.wait()
+            except (OSError, ModelFileError) as error:
+                raise DamagedCache from error
+            if checksum(whole) != self._checksum:
+                raise DamagedCache
+            return {name: self._matrix(name, whole) for name in self._schemes}
 
         return finish
 
-    def verify(self) -> None:
-        """Raises DamagedCache unless every byte that was read is what was written."""
-        if any(digest_of(found) != self._wanted[name] for name, found in self._sums.items()):
-            raise DamagedCache
+    def _matrix(self, name: str, whole: torch.Tensor) -> QuantizedTensor:
+        parts = [self._part(f"{name}.{part}", whole) for part in _PARTS]
+        data, scale, zero_point = parts
+        assert data is not None and scale is not None, "looked at in `open_cache`"
+        return QuantizedTensor(self._schemes[name], data, scale, zero_point)
+
+    def _part(self, name: str, whole: torch.Tensor) -> torch.Tensor | None:
+        info = self._parts.get(name)
+        if info is None:
+            return None
+        raw = whole[info.start : info.start + info.size_bytes]
+        if info.start % _ALIGNED:
+            raw = raw.clone()  # where a tensor of its own would begin
+        return raw.view(DTYPES[info.dtype]).view(info.shape)
 
 
 def open_cache(file: Path, fingerprint: str, names: Collection[str]) -> CachedMatrices | None:
@@ -119,18 +129,16 @@ def open_cache(file: Path, fingerprint: str, names: Collection[str]) -> CachedMa
     if said.pop("digest", None) != _digest(said, entries) or said["fingerprint"] != fingerprint:
         return None
     try:
-        sums = json.loads(header.metadata["sums"])
         schemes = {name: Scheme(kind) for name, kind in _schemes(header.metadata).items()}
     except (KeyError, ValueError, RecursionError):
         return None
-    stored = {
-        name: StoredTensor(name, file, info.dtype, info.shape, header.data_start + info.start)
-        for name, info in header.tensors.items()
-    }
-    whole = all(f"{name}.{part}" in stored for name in schemes for part in _PARTS[:2])
-    if not whole or set(schemes) != set(names) or set(sums) != set(stored):
+    parts, sums = header.tensors, header.metadata.get("sum")
+    whole = all(f"{name}.{part}" in parts for name in schemes for part in _PARTS[:2])
+    if not whole or set(schemes) != set(names) or sums is None:
         return None
-    return CachedMatrices(stored, sums, schemes)
+    size = (header.data_bytes,)
+    stored = StoredTensor("quantized weights", file, "U8", size, header.data_start)
+    return CachedMatrices(stored, parts, sums, schemes)
 
 
 def _digest(metadata: Mapping[str, str], entries: Mapping[str, list[Any]]) -> str:
@@ -159,7 +167,7 @@ class CacheWriter:
         self._temporary = temporary_file(file)
         self._room = _ENTRY_BYTES * (1 + len(_PARTS) * len(matrices))
         self._entries: dict[str, dict[str, Any]] = {}
-        self._sums: dict[str, str] = {}
+        self._sums = ByteSums()
         self._schemes: dict[str, str] = {}
         self._position = 0
         self._stream: BinaryIO | None = None
@@ -208,7 +216,7 @@ class CacheWriter:
             metadata = {
                 "fingerprint": self._fingerprint,
                 "schemes": json.dumps(self._schemes),
-                "sums": json.dumps(self._sums),
+                "sum": self._sums.digest(),
             }
             entries = {name: list(entry.values()) for name, entry in self._entries.items()}
             metadata["digest"] = _digest(metadata, entries)
@@ -237,14 +245,15 @@ class CacheWriter:
     def _append(self, name: str, tensor: torch.Tensor) -> None:
         assert self._stream is not None, "the caller looked"
         host = tensor.cpu().contiguous()
-        self._sums[name] = checksum(host)
+        raw = host.view(-1).view(torch.uint8)
+        self._sums.add(raw)
         end = self._position + host.nbytes
         self._entries[name] = {
             "dtype": _NAMES[host.dtype],
             "shape": list(host.shape),
             "data_offsets": [self._position, end],
         }
-        self._stream.write(memoryview(host.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        self._stream.write(memoryview(raw.numpy()))  # type: ignore[arg-type]
         self._position = end
 
     def _give_up(self, error: OSError) -> None:
@@ -291,64 +300,41 @@ class BackgroundWriter:
                 self._writer.write(self._stop.is_set)
 
 
-def through_cache(
-    file: Path,
-    fingerprint: str,
-    names: Collection[str],
-    load: Callable[[CachedMatrices | None], Quantized],
-) -> tuple[Quantized, CacheWriter | None]:
-    """What `load` gives with the matrices in `file`, or without them where it has to be written.
-
-    Args:
-        names: of all matrices that are quantized.
-        load: takes what there is to read.
-
-    Returns:
-        Beside it what writes the file.
-    """
-    remove_leftovers()
-    cached = open_cache(file, fingerprint, names)
-    if cached is not None:
-        try:
-            return _verified(load(cached), cached), None
-        except DamagedCache:
-            pass  # nothing of that load is left here
-    loaded = load(None)
-    made = {name: matrix for name, matrix in loaded.matrices.items() if name in names}
-    return loaded, CacheWriter(file, fingerprint, made)
-
-
-def _verified(loaded: Quantized, cached: CachedMatrices) -> Quantized:
-    cached.verify()
-    return loaded
-
-
 def checksum(tensor: torch.Tensor) -> str:
-    """Of a tensor's bytes and their order, the same on every device.
+    """Of a tensor's bytes and their order, the same on every device. Waits for a GPU."""
+    sums = ByteSums()
+    sums.add(tensor.contiguous().view(-1).view(torch.uint8))
+    return sums.digest()
 
-    The bytes are a table of words of eight bytes. Its sums over rows and over columns take little
-    longer than one sum of all, and a word that changes, or changes its place, changes some of them.
-    A digest of these sums, in order, is what is returned. Text and no tensor: on the CPU a small
-    tensor that stays would keep the heap from giving back what was in use below it.
+
+class ByteSums:
+    """A checksum of bytes and their order, however they come: in one piece or in several.
+
+    They are a table of words of eight bytes. Its sums over rows and over columns take little longer
+    than one sum of all, and a word that changes, or changes its place, changes some of them. The
+    checksum is a digest of these sums, in order.
     """
-    return digest_of(sums_of(tensor))
 
+    def __init__(self) -> None:
+        self._rows: list[torch.Tensor] = []
+        self._columns: torch.Tensor | None = None
+        self._rest = torch.empty(0, dtype=torch.uint8)
 
-def sums_of(tensor: torch.Tensor) -> Sequence[torch.Tensor] | str:
-    """What `checksum` is a digest of, on the tensor's device; on the CPU the digest itself."""
-    raw = tensor.contiguous().view(-1).view(torch.uint8)
-    whole = raw.numel() // _ROW_BYTES * _ROW_BYTES
-    table = raw[:whole].view(torch.int64).view(-1, _ROW_BYTES // 8)
-    sums = (table.sum(1), table.sum(0), raw[whole:])
-    # A GPU is not waited for, tensor by tensor.
-    return sums if tensor.is_cuda else digest_of(sums)
+    def add(self, raw: torch.Tensor) -> None:
+        """Go on with a tensor of uint8, of the device of those before it."""
+        if len(self._rest):
+            raw = torch.cat((self._rest, raw))
+        whole = raw.numel() // _ROW_BYTES * _ROW_BYTES
+        table = raw[:whole].view(torch.int64).view(-1, _ROW_BYTES // 8)
+        columns = table.sum(0)
+        self._columns = columns if self._columns is None else self._columns + columns
+        self._rows.append(table.sum(1))
+        self._rest = raw[whole:].clone()
 
-
-def digest_of(sums: Sequence[torch.Tensor] | str) -> str:
-    """The checksum of one tensor as text; sums on a GPU are copied to the host here."""
-    if isinstance(sums, str):
-        return sums
-    digest = hashlib.sha256()
-    for part in sums:
-        digest.update(memoryview(part.cpu().view(torch.uint8).numpy()))  # type: ignore[arg-type]
-    return digest.hexdigest()[:16]
+    def digest(self) -> str:
+        """The checksum as text; what is on a GPU is copied to the host here."""
+        digest = hashlib.sha256()
+        for part in (*self._rows, self._columns, self._rest):
+            if part is not None:
+                digest.update(memoryview(part.cpu().view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        return digest.hexdigest()[:16]

@@ -1,13 +1,15 @@
 """Loads a checkpoint into the fused tensors of `models.tensors`, or fills them with random values.
 
 Every tensor of the checkpoint is read directly into its rows of the fused tensor on the device
-(`reader`), so host memory holds the weights at most once (CPU) or not at all (GPU). Matrices are
+(`reader`), so host memory holds the weights at most once (CPU) or not at all (GPU). Reading begins
+with `begin`, and goes on while the caller does other things until `finish`. Matrices are
 quantized, or taken over from a checkpoint that is quantized already, one at a time; those that were
 quantized here may be kept on disk for the next load (`weight_cache`), once this one is over.
 """
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwencli.config import Quantization
+from qwencli.engine.device_memory import reserve
 from qwencli.engine.loading.reader import (
     FLOATS,
     GPU_STAGING_BYTES,
@@ -27,6 +30,7 @@ from qwencli.engine.loading.reader import (
     check_scales,
     check_zero,
     largest_of,
+    largest_of_each,
 )
 from qwencli.engine.protocol import BytesRead
 from qwencli.engine.quant.quantized_tensor import (
@@ -130,12 +134,24 @@ def load(
     progress: BytesRead | None = None,
     quantizer: Quantizer = quantize,
 ) -> LoadedWeights:
-    """Load the checkpoint in `folder` as `dtype` on `device`.
+    """`begin`, and `PendingWeights.finish`."""
+    settings = quantization, packed, cache_file, progress, quantizer
+    with begin(folder, shape, dtype, device, *settings) as pending:
+        return pending.finish()
 
-    A matrix that is to be quantized is so before the next one is read.
 
-    Each tensor is checked for NaN and infinity with one reduction after it is in place (one more
-    read of the weights on the device; a single synchronisation at the end).
+def begin(
+    folder: Path,
+    shape: ModelShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization = Quantization.NONE,
+    packed: PackedFormat | None = None,
+    cache_file: Path | None = None,
+    progress: BytesRead | None = None,
+    quantizer: Quantizer = quantize,
+) -> PendingWeights:
+    """Begin to load the checkpoint in `folder` as `dtype` on `device`.
 
     Args:
         packed: how a checkpoint that is quantized already stores its layers. The decoder's
@@ -145,69 +161,158 @@ def load(
         progress: is told how much there is to read, and what has been read.
 
     Raises:
-        ModelFileError: tensors that are missing, not known, of another shape or an unknown type,
-            not finite (all named), or an unreadable file.
+        ModelFileError: tensors that are missing, not known, of another shape or an unknown type
+            (all named), or an unreadable file.
+    """
+    files = find_weights(folder).files
+    found = find_sources(shape, stored_tensors(files), packed, folder)
+    zero_offset = 0 if packed is None else packed.zero_offset
+    origin = "" if packed is None else packed.label
+
+    def attempt(cached: CachedMatrices | None) -> _Attempt:
+        kept = _Kept(found.shape, quantization, quantizer, origin)
+        reader = Reader(device, progress)
+        try:
+            loading = _Loading(found, reader, dtype, device, zero_offset)
+            return _Attempt(found, kept, reader, loading, device, progress, cached)
+        except BaseException:
+            reader.close()
+            raise
+
+    if cache_file is None:
+        return PendingWeights(attempt, None, None)
+    from qwencli.engine.loading.weight_cache import CacheWriter, open_cache
+    from qwencli.models.quantized_cache import fingerprint, remove_leftovers
+
+    wanted = [spec.name for spec in specs(found.shape)]
+    names = {HEAD, *(name for name in wanted if is_decoder_matrix(name))}
+    remove_leftovers()
+    made_of = fingerprint(files)
+
+    def writer(loaded: LoadedWeights) -> CacheWriter:
+        made = {name: matrix for name, matrix in loaded.matrices.items() if name in names}
+        return CacheWriter(cache_file, made_of, made)
+
+    return PendingWeights(attempt, open_cache(cache_file, made_of, names), writer)
+
+
+class PendingWeights:
+    """Weights that threads read.
+
+    What stays as it is stored is read from the beginning on; what has to be quantized, or was so by
+    others, in `finish`: a matrix is quantized before the next one is read.
     """
 
-    def once(cached: CachedMatrices | None) -> LoadedWeights:
-        origin = "" if packed is None else packed.label
-        kept = _Kept(found.shape, quantization, quantizer, origin)
-        with Reader(device, progress) as reader:
-            loading = _Loading(found, reader, dtype, device, packed.zero_offset if packed else 0)
+    def __init__(
+        self,
+        attempt: Callable[[CachedMatrices | None], _Attempt],
+        cached: CachedMatrices | None,
+        writer: Callable[[LoadedWeights], CacheWriter] | None,
+    ) -> None:
+        self._begin, self._writer, self._has_cached = attempt, writer, cached is not None
+        self._attempt = attempt(cached)
 
-            def begun(name: str) -> Begun:
-                if cached is not None and name in cached:
-                    return cached.begin(name, reader)
-                return loading.begin(by_name[name])
+    def __enter__(self) -> PendingWeights:
+        return self
 
-            names = [spec.name for spec in wanted]
-            if found.shape.text.tied_head and cached is not None:
-                names.append(HEAD)
-            kept_bytes = (lambda name: 0) if cached is None else cached.size_bytes
-            sizes = {name: kept_bytes(name) or found.size_bytes(by_name[name]) for name in names}
-            if progress is not None:
-                progress.begin(sum(sizes.values()))
-            for name, finish in _ahead(sizes, begun, device):
-                kept.keep(name, finish())
-                del finish  # it holds what is not quantized
-            check_zero(found.zero_biases, reader)
-            check_scales(check_finite(loading.largest, dtype), loading.scaled, reader)
-        return kept.weights(found.unused)
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
-    files = find_weights(folder).files
-    stored = stored_tensors(files)
-    found = find_sources(shape, stored, packed, folder)
-    wanted = specs(found.shape)
-    by_name = {spec.name: spec for spec in wanted}
-    if cache_file is None:
-        return once(None)
-    from qwencli.engine.loading.weight_cache import through_cache
-    from qwencli.models.quantized_cache import fingerprint
+    def close(self) -> None:
+        """End all reading."""
+        self._attempt.reader.close()
 
-    names = {HEAD, *(spec.name for spec in wanted if is_decoder_matrix(spec.name))}
-    loaded, writer = through_cache(cache_file, fingerprint(files), names, once)
-    return replace(loaded, keeping=writer)
+    def finish(self) -> LoadedWeights:
+        """All weights, each checked for NaN and infinity (one more read on the device, and one
+        synchronisation at the end).
+
+        Raises:
+            ModelFileError: values that are not finite (all named), or an unreadable file.
+        """
+        if self._has_cached:
+            from qwencli.engine.loading.weight_cache import DamagedCache
+
+            try:
+                return self._attempt.finish()
+            except DamagedCache:
+                self.close()
+            self._attempt = self._begin(None)  # nothing of the other is left here
+        loaded = self._attempt.finish()
+        return loaded if self._writer is None else replace(loaded, keeping=self._writer(loaded))
+
+
+class _Attempt:
+    """One try to read a checkpoint, with the matrices that were kept or without."""
+
+    def __init__(
+        self,
+        found: Checkpoint,
+        kept: _Kept,
+        reader: Reader,
+        loading: _Loading,
+        device: torch.device,
+        progress: BytesRead | None,
+        cached: CachedMatrices | None,
+    ) -> None:
+        self.reader = reader
+        self._found, self._kept, self._loading, self._device = found, kept, loading, device
+        wanted = [spec for spec in specs(found.shape) if cached is None or spec.name not in cached]
+        sizes = {spec.name: found.size_bytes(spec) for spec in wanted}
+        if progress is not None:
+            progress.begin(sum(sizes.values()) + (0 if cached is None else cached.size_bytes))
+        plain, self._later = list[TensorSpec](), dict[TensorSpec, int]()
+        for spec in wanted:
+            if kept.quantizes(spec.name) or not loading.is_stored(spec):
+                self._later[spec] = sizes[spec.name]
+            else:
+                plain.append(spec)
+        reserve(device, (loading.size_bytes(spec) for spec in plain))
+        ready = reader.now()
+        self._plain = {spec.name: loading.begin(spec, ready) for spec in plain}
+        self._cached = None if cached is None else cached.begin(reader)
+
+    def finish(self) -> LoadedWeights:
+        kept, loading, reader = self._kept, self._loading, self.reader
+        while self._plain:
+            name = next(iter(self._plain))
+            kept.keep(name, self._plain.pop(name)())
+        for name, finish in _ahead(self._later, loading.begin, self._device):
+            kept.keep(name, finish())
+            del finish  # it holds what is not quantized
+        if self._cached is not None:
+            kept.keep_matrices(self._cached())
+            self._cached = None
+        reader.join()
+        check_zero(self._found.zero_biases, reader)
+        largest = check_finite(loading.largest(), loading.dtype)
+        check_scales(largest, loading.scaled, reader)
+        reader.close()
+        return kept.weights(self._found.unused)
 
 
 def _ahead(
-    sizes: Mapping[str, int], begin: Callable[[str], Begun], device: torch.device
+    sizes: Mapping[TensorSpec, int], begin: Callable[[TensorSpec], Begun], device: torch.device
 ) -> Iterator[tuple[str, Begun]]:
     """What ends the reading of each, in order; on a GPU the next ones have begun by then.
 
     Args:
-        sizes: bytes to read, by name.
+        sizes: bytes to read.
     """
-    begun: deque[tuple[str, Begun]] = deque()
+    begun: deque[tuple[TensorSpec, Begun]] = deque()
     most = AHEAD_BYTES if device.type == "cuda" else 0
     on_their_way = 0
-    for name, size in sizes.items():
-        begun.append((name, begin(name)))
+    for spec, size in sizes.items():
+        begun.append((spec, begin(spec)))
         on_their_way += size
         while begun and on_their_way - sizes[begun[0][0]] >= most:
-            on_their_way -= sizes[begun[0][0]]
-            yield begun.popleft()
+            first, finish = begun.popleft()
+            on_their_way -= sizes[first]
+            yield first.name, finish
+            del finish
     while begun:
-        yield begun.popleft()
+        first, finish = begun.popleft()
+        yield first.name, finish
+        del finish
 
 
 def dummy(
@@ -254,38 +359,60 @@ class _Loading:
         device: torch.device,
         zero_offset: int,
     ) -> None:
-        self.largest: dict[str, Largest] = {}
+        self.dtype = dtype
         self.scaled: dict[str, PackedLayer] = {}
+        self._largest: dict[str, Largest] = {}
+        self._staying: Tensors = {}  # of these they are asked for together
         self._sources = found.sources
         self._reader = reader
-        self._dtype, self._device = dtype, device
+        self._device = device
         self._zero_offset = zero_offset
 
-    def begin(self, spec: TensorSpec) -> Begun:
-        """Begin to read a tensor, if all its parts are stored as they are wanted; what is returned
-        ends that, and gives it."""
+    def is_stored(self, spec: TensorSpec) -> bool:
+        """Whether all parts of a tensor are stored as they are wanted."""
+        return len(self._stored(spec)) == len(spec.parts)
+
+    def size_bytes(self, spec: TensorSpec) -> int:
+        """Of a tensor on the device."""
         sources = [self._sources[part] for part in spec.parts]
-        stored = [
-            source
-            for part, source in zip(spec.parts, sources, strict=True)
-            if isinstance(source, StoredTensor) and not part.is_transposed(source.shape)
-        ]
-        if len(stored) < len(sources):
+        return math.prod(spec.shape) * self._dtype_of(spec, sources).itemsize
+
+    def begin(self, spec: TensorSpec, ready: torch.cuda.Event | None = None) -> Begun:
+        """Begin to read a tensor, if all its parts are stored as they are wanted; what is returned
+        ends that, and gives it.
+
+        Args:
+            ready: as in `Reader.begin`.
+        """
+        stored = self._stored(spec)
+        if len(stored) < len(spec.parts):
             return lambda: self._tensor(spec)
-        tensor = torch.empty(spec.shape, dtype=self._dtype_of(spec, sources), device=self._device)
+        tensor = torch.empty(spec.shape, dtype=self._dtype_of(spec, stored), device=self._device)
         places = torch.split(tensor, [part.rows for part in spec.parts])
         on_their_way = [
-            (source.name, rows, self._reader.begin(source, rows.view(-1)))
+            (source.name, rows, self._reader.begin(source, rows.view(-1), ready))
             for source, rows in zip(stored, places, strict=True)
         ]
 
         def finish() -> torch.Tensor:
             for name, rows, reading in on_their_way:
-                reading.wait()
-                self._note(name, rows)
+                if ready is None:
+                    reading.wait()
+                    self._note(name, rows)
+                else:
+                    reading.read()
+                    self._staying[name] = rows
             return tensor
 
         return finish
+
+    def _stored(self, spec: TensorSpec) -> list[StoredTensor]:
+        sources = [(part, self._sources[part]) for part in spec.parts]
+        return [
+            source
+            for part, source in sources
+            if isinstance(source, StoredTensor) and not part.is_transposed(source.shape)
+        ]
 
     def _tensor(self, spec: TensorSpec) -> torch.Tensor | QuantizedTensor:
         """The tensor; quantized where all its parts came so in one kind, and it may stay so."""
@@ -305,9 +432,7 @@ class _Loading:
             if isinstance(source, PackedLayer):
                 matrix = self._matrix(source)
                 plain = (
-                    matrix.dequantize(self._dtype)
-                    if isinstance(matrix, QuantizedTensor)
-                    else matrix
+                    matrix.dequantize(self.dtype) if isinstance(matrix, QuantizedTensor) else matrix
                 )
                 rows.copy_(plain)
                 self._note(source.layer, rows)
@@ -332,11 +457,11 @@ class _Loading:
         """
         if spec.float32:
             return torch.float32
-        if (self._device.type, self._dtype) == ("cpu", torch.float32) and is_tower_matrix(spec):
+        if (self._device.type, self.dtype) == ("cpu", torch.float32) and is_tower_matrix(spec):
             stored = {source.dtype for source in sources if isinstance(source, StoredTensor)}
             if len(stored) == 1 and not any(isinstance(s, PackedLayer) for s in sources):
                 return FLOATS[stored.pop()]
-        return self._dtype
+        return self.dtype
 
     def _read_transposed(self, source: StoredTensor, rows: torch.Tensor) -> None:
         """Fill `rows` with [experts, in, out] as [experts * out, in], one expert at a time."""
@@ -364,8 +489,12 @@ class _Loading:
             self._note(f"{layer.layer}.weight", torch.where(top == 0x7F, torch.nan, 0.0))
         return matrix
 
+    def largest(self) -> dict[str, Largest]:
+        """The largest values of all that was read, by name in the checkpoint."""
+        return self._largest | largest_of_each(self._staying)
+
     def _note(self, name: str, values: torch.Tensor) -> None:
-        self.largest[name] = largest_of(values)
+        self._largest[name] = largest_of(values)
 
 
 class _Kept:
@@ -385,15 +514,20 @@ class _Kept:
         self._schemes = SCHEMES.get(quantization)
         self._origin = origin
 
+    def quantizes(self, name: str) -> bool:
+        """Whether a tensor of this name is quantized here."""
+        return bool(self._schemes) and (is_decoder_matrix(name) or name == HEAD)
+
     def keep(self, name: str, tensor: torch.Tensor | QuantizedTensor) -> None:
         if isinstance(tensor, QuantizedTensor):
             self._matrices[name] = tensor
-        elif self._schemes and is_decoder_matrix(name):
-            self._quantize(name, tensor, self._schemes[0])
-        elif self._schemes and name == HEAD:
-            self._quantize(name, tensor, self._schemes[1])
+        elif self._schemes and self.quantizes(name):
+            self._quantize(name, tensor, self._schemes[name == HEAD])
         else:
             self.tensors[name] = tensor
+
+    def keep_matrices(self, matrices: Mapping[str, QuantizedTensor]) -> None:
+        self._matrices |= matrices
 
     def weights(self, unused: tuple[str, ...]) -> LoadedWeights:
         if self._schemes and self._tied and HEAD not in self._matrices:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 import shutil
@@ -283,15 +284,19 @@ def test_a_file_that_changes_while_it_is_read_is_written_anew(
     file = cache_file(folder, Quantization.INT4, DType.FLOAT32)
     real = weight_cache.CachedMatrices.begin
 
-    def begin(self: Any, name: str, reader: Any) -> Any:
-        if name == "text.2.down" and how == "gone":
-            reader._own = threading.local()  # it has to open the file again
+    def unreadable(open_file: Any, source: Any) -> Any:
+        if source.file == file:
+            raise OSError(errno.EIO, "x")
+        return open_file(source)
+
+    def begin(self: Any, reader: Any) -> Any:
+        if how == "gone":
             file.unlink()
-        if name == "text.2.down" and how == "cut":
+        if how == "cut":
             os.truncate(file, 100_000)
-        if name == "text.2.down" and how == "unreadable":
-            monkeypatch.setattr(reader, "_open", mock.Mock(side_effect=OSError(errno.EIO, "x")))
-        return real(self, name, reader)
+        if how == "unreadable":
+            monkeypatch.setattr(reader, "_open", functools.partial(unreadable, reader._open))
+        return real(self, reader)
 
     monkeypatch.setattr(weight_cache.CachedMatrices, "begin", begin)
     second = load(folder)
