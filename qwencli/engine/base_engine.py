@@ -21,7 +21,7 @@ from qwencli.engine.device_memory import (
     out_of_memory_error,
     release,
 )
-from qwencli.engine.frontend.model_files import ModelFiles, open_model
+from qwencli.engine.frontend.model_files import FoundModel, ModelFiles, find_model
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.machine.cpu_threads import computing_with, threads_for
 from qwencli.engine.protocol import BytesRead, ManyRequests, drain
@@ -73,8 +73,15 @@ class BaseEngine(ManyRequests, ABC):
         """Begin what a load on `device` needs no files for; `_load` ends it."""
 
     @abstractmethod
-    def _load(self, files: ModelFiles) -> EffectiveConfig:
-        """Put the model on its device, done when this returns. Leaves nothing behind on failure."""
+    def _load(self, found: FoundModel) -> tuple[ModelFiles, EffectiveConfig]:
+        """Put the model on its device, done when this returns, and `_open` its files. Leaves
+        nothing behind on failure."""
+
+    def _open(self, found: FoundModel) -> ModelFiles:
+        with span("tokenizer"):
+            device = resolve_device(self.config.device)
+            dtype = resolve_dtype(self.config.dtype, device, found.checkpoint_dtype)
+            return found.open().prepared_on(device, dtype)
 
     def _fitted(self, files: ModelFiles) -> ModelFiles:
         """The files, with what the loaded engine knows of what fits."""
@@ -158,15 +165,13 @@ class BaseEngine(ManyRequests, ABC):
         device = resolve_device(self.config.device)
         self._begin_load(device)
         with span("model files"):
-            files = open_model(self.config)
-        check_seq_len(self.config, files.max_seq_len)
-        dtype = resolve_dtype(self.config.dtype, device, files.checkpoint_dtype)
-        files = files.prepared_on(device, dtype)
+            found = find_model(self.config)
+        check_seq_len(self.config, found.max_seq_len)
         if device == "cpu":
-            self._threads = threads_for(files.hub_config, self.config.threads)
+            self._threads = threads_for(found.hub_config, self.config.threads)
         try:
             with computing_with(self._threads):
-                self._effective = self._load(files)
+                files, self._effective = self._load(found)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

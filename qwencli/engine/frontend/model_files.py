@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from qwencli.config import DType, EngineConfig, LoadFormat
 from qwencli.engine.frontend.detokenizer import IncrementalDetokenizer
-from qwencli.engine.frontend.processor_config import ImageProcessorConfig
+from qwencli.engine.frontend.processor_config import VISION_FAMILIES, ImageProcessorConfig
 from qwencli.engine.frontend.prompt import PromptBuilder
 from qwencli.engine.frontend.tokenizer import Tokenizer
 from qwencli.errors import ModelFileError
@@ -18,6 +19,7 @@ from qwencli.models.folder import check_folder
 from qwencli.models.hub import bundled_folder, dummy_config, locate
 from qwencli.models.shape_reader import read_shape, stored_dtype
 from qwencli.models.shapes import ModelShape, VisionShape
+from qwencli.models.weight_files import StoredTensor, find_weights, stored_tensors
 
 # What Qwen's tokenizers end a turn with, and pad with.
 END_OF_TURN, PAD = "<|im_end|>", "<|endoftext|>"
@@ -46,11 +48,6 @@ class ModelFiles:
     max_seq_len: int
     vocab_size: int
 
-    @property
-    def checkpoint_dtype(self) -> str | None:
-        """The dtype that config.json states."""
-        return stored_dtype(self.hub_config)
-
     def prepared_on(self, device: str, dtype: DType) -> ModelFiles:
         """The same, preparing pictures on `device` in a concrete `dtype` where that is a GPU."""
         if not device.startswith("cuda"):
@@ -63,30 +60,99 @@ class ModelFiles:
         return IncrementalDetokenizer(self.prompts.tokenizer)
 
 
-def open_model(config: EngineConfig) -> ModelFiles:
-    """Find, check and read the model's files; downloads them where that is needed and allowed.
+@dataclass(frozen=True)
+class FoundModel:
+    """A model's folder, checked, and what its configuration says. Its tokenizer, which takes longer
+    to read than all of that, is read by `open`.
+
+    Args:
+        folder: None for a dummy load.
+        processor: how the model wants pictures; None for a text model.
+    """
+
+    folder: Path | None
+    hub_config: Mapping[str, Any]
+    shape: ModelShape
+    processor: ImageProcessorConfig | None
+
+    @property
+    def checkpoint_dtype(self) -> str | None:
+        """The dtype that config.json states."""
+        return stored_dtype(self.hub_config)
+
+    @property
+    def max_seq_len(self) -> int:
+        """Longest sequence the model was made for, in tokens."""
+        return self.shape.text.max_position_embeddings
+
+    @property
+    def max_pixels(self) -> int:
+        """Height x width of a picture at most; 0 for a text model."""
+        return 0 if self.processor is None else self.processor.max_pixels
+
+    @cached_property
+    def stored(self) -> Mapping[str, StoredTensor]:
+        """The tensors in the folder's safetensors files; none for a dummy load."""
+        return {} if self.folder is None else stored_tensors(find_weights(self.folder).files)
+
+    def open(self) -> ModelFiles:
+        """Read the tokenizer, the chat template and the generation defaults.
+
+        Raises:
+            ModelFileError: they are missing or broken, or belong to another model.
+        """
+        if self.folder is None:  # the text side of the bundled model
+            prompts = PromptBuilder.dummy(bundled_folder(), self.processor, self.hub_config)
+            return self._files(prompts, {})
+        prompts = PromptBuilder.from_folder(self.folder, self.processor)
+        if self.shape.vision is not None:
+            _check_token_ids(self.folder, prompts.tokenizer, self.shape)
+        generation = self.folder / "generation_config.json"
+        defaults = read_json_object(generation) if generation.is_file() else {}
+        return self._files(prompts, defaults)
+
+    def _files(self, prompts: PromptBuilder, defaults: Mapping[str, Any]) -> ModelFiles:
+        pads = _token_ids(defaults, "pad_token_id", self.folder)
+        vocab_size = self.shape.text.vocab_size
+        return ModelFiles(
+            folder=self.folder,
+            hub_config=self.hub_config,
+            prompts=prompts,
+            generation_defaults=defaults,
+            stop_token_ids=_stop_ids(self.folder, self.hub_config, prompts, defaults, vocab_size),
+            pad_token_id=pads[0] if pads else prompts.tokenizer.token_id(PAD),
+            max_seq_len=self.max_seq_len,
+            vocab_size=vocab_size,
+        )
+
+
+def find_model(config: EngineConfig) -> FoundModel:
+    """Find the model and check its folder; downloads what is missing where that is allowed.
 
     Raises:
         ModelFileError, DownloadError: the files are not usable, or not to be had.
+        UsageError: bounds that no picture can meet.
     """
-    if config.load_format is LoadFormat.DUMMY:
-        return _open_dummy(config)
-    spec = config.model
-    folder = locate(spec, offline=config.offline, allow_pickle=config.allow_pickle)
+    bounds = config.min_pixels, config.max_pixels
+    if config.load_format is LoadFormat.DUMMY:  # weights and pictures as in the model named
+        hub_config = dummy_config(config.model)
+        processor = None
+        if (family := hub_config["model_type"]) in VISION_FAMILIES:
+            processor = ImageProcessorConfig.for_family(family).with_pixels(*bounds)
+        return FoundModel(None, hub_config, read_shape(hub_config), processor)
+    folder = locate(config.model, offline=config.offline, allow_pickle=config.allow_pickle)
     hub_config = check_folder(folder, allow_pickle=config.allow_pickle)
     shape = read_shape(hub_config, str(folder / "config.json"))
-    prompts = PromptBuilder.from_folder(
-        folder,
-        family=shape.model_type,
-        min_pixels=config.min_pixels,
-        max_pixels=config.max_pixels,
-    )
-    _check_patches(folder, prompts.processor, shape.vision)
-    if shape.vision is not None:
-        _check_token_ids(folder, prompts.tokenizer, shape)
-    generation = folder / "generation_config.json"
-    defaults = read_json_object(generation) if generation.is_file() else {}
-    return _model_files(folder, hub_config, prompts, defaults)
+    processor = None
+    if shape.model_type in VISION_FAMILIES:
+        processor = ImageProcessorConfig.from_files(folder, shape.model_type).with_pixels(*bounds)
+    _check_patches(folder, processor, shape.vision)
+    return FoundModel(folder, hub_config, shape, processor)
+
+
+def open_model(config: EngineConfig) -> ModelFiles:
+    """Everything but the weights: `find_model` and `FoundModel.open`."""
+    return find_model(config).open()
 
 
 def _check_patches(
@@ -119,39 +185,6 @@ def _check_token_ids(folder: Path, tokenizer: Tokenizer, shape: ModelShape) -> N
                 f"the tokenizer has {tokenizer.token_id(token)} for {token}",
                 "download the model's files again",
             )
-
-
-def _open_dummy(config: EngineConfig) -> ModelFiles:
-    """Weights and pictures as in the model named, the text side of the bundled model."""
-    hub_config = dummy_config(config.model)
-    prompts = PromptBuilder.dummy(
-        bundled_folder(),
-        hub_config=hub_config,
-        min_pixels=config.min_pixels,
-        max_pixels=config.max_pixels,
-    )
-    return _model_files(None, hub_config, prompts, {})
-
-
-def _model_files(
-    folder: Path | None,
-    hub_config: Mapping[str, Any],
-    prompts: PromptBuilder,
-    defaults: Mapping[str, Any],
-) -> ModelFiles:
-    text = read_shape(hub_config).text
-    pads = _token_ids(defaults, "pad_token_id", folder)
-    pad = pads[0] if pads else prompts.tokenizer.token_id(PAD)
-    return ModelFiles(
-        folder=folder,
-        hub_config=hub_config,
-        prompts=prompts,
-        generation_defaults=defaults,
-        stop_token_ids=_stop_ids(folder, hub_config, prompts, defaults, text.vocab_size),
-        pad_token_id=pad,
-        max_seq_len=text.max_position_embeddings,
-        vocab_size=text.vocab_size,
-    )
 
 
 def _stop_ids(

@@ -25,7 +25,7 @@ from qwencli.engine.frontend.preprocess import (
     patchify_on_host,
     preprocess,
 )
-from qwencli.engine.frontend.processor_config import VISION_FAMILIES, ImageProcessorConfig
+from qwencli.engine.frontend.processor_config import ImageProcessorConfig
 from qwencli.engine.frontend.tokenizer import THOUGHT, THOUGHT_END, ContentGuard, Tokenizer
 from qwencli.errors import InputError, ModelFileError, QwenCliError
 from qwencli.messages import Message, TextPart, VisualPart, text_message
@@ -182,33 +182,20 @@ class PromptBuilder:
         return replace(self, processor=processor, own_pixels=own)
 
     @classmethod
-    def from_folder(
-        cls, folder: Path, *, family: str, min_pixels: int | None, max_pixels: int | None
-    ) -> PromptBuilder:
+    def from_folder(cls, folder: Path, processor: ImageProcessorConfig | None) -> PromptBuilder:
         """The builder of the model in `folder`.
 
-        Args:
-            family: config.json's model_type.
-            min_pixels, max_pixels: the user's bounds; None keeps the model's own.
-
         Raises:
-            ModelFileError: tokenizer, template or processor files are missing or broken.
-            UsageError: bounds that no picture can meet.
+            ModelFileError: tokenizer or template are missing or broken.
         """
-        processor = None
-        if family in VISION_FAMILIES:
-            processor = ImageProcessorConfig.from_files(folder, family)
-            processor = processor.with_pixels(min_pixels, max_pixels)
         return cls(Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder), processor)
 
     @classmethod
     def dummy(
         cls,
         folder: Path,
-        *,
+        processor: ImageProcessorConfig | None,
         hub_config: Mapping[str, Any],
-        min_pixels: int | None,
-        max_pixels: int | None,
     ) -> PromptBuilder:
         """For random weights of any model: its own pictures, the text side of another model.
 
@@ -218,18 +205,15 @@ class PromptBuilder:
         Args:
             folder: a complete small model, such as the bundled one.
         """
-        tokenizer = Tokenizer.from_folder(folder)
-        family = hub_config["model_type"]
-        processor = None
-        model_ids: dict[int, int] = {}
-        if family in VISION_FAMILIES:
-            processor = ImageProcessorConfig.for_family(family).with_pixels(min_pixels, max_pixels)
-            model_ids = {
-                tokenizer.token_id(token): hub_config[key]
-                for key, token in _VISION_TOKENS.items()
-                if key in hub_config
-            }
-        return cls(tokenizer, ChatTemplate.from_folder(folder), processor, model_ids)
+        builder = cls.from_folder(folder, processor)
+        if processor is None:
+            return builder
+        model_ids = {
+            builder.tokenizer.token_id(token): hub_config[key]
+            for key, token in _VISION_TOKENS.items()
+            if key in hub_config
+        }
+        return replace(builder, model_ids=model_ids)
 
     @cached_property
     def can_think(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 from qwencli.config import Cache, EngineConfig, EngineName
 from qwencli.engine.base_engine import BaseEngine
 from qwencli.engine.device_memory import release
-from qwencli.engine.frontend.model_files import ModelFiles
+from qwencli.engine.frontend.model_files import FoundModel, ModelFiles
 from qwencli.engine.hf import load_model
 from qwencli.engine.hf.generate import NO_OVERRIDES, Generation, Overrides
 from qwencli.engine.hf.quantization import scheme_of
@@ -40,7 +40,8 @@ class TransformersEngine(BaseEngine):
         assert self._model is not None, "load() comes first"
         return self._model
 
-    def _load(self, files: ModelFiles) -> EffectiveConfig:
+    def _load(self, found: FoundModel) -> tuple[ModelFiles, EffectiveConfig]:
+        files = self._open(found)
         plan = load_model.plan_load(self.config, files)
         model = load_model.load_model(self.config, plan, self.overrides)
         try:
@@ -53,7 +54,7 @@ class TransformersEngine(BaseEngine):
             torch.cuda.synchronize(plan.device)
         self._model = model
         dtype = load_model.effective_dtype(model)
-        return EffectiveConfig(
+        return files, EffectiveConfig(
             engine=EngineName.TRANSFORMERS.value,
             quantization=scheme_of(model),
             attention=load_model.effective_attention(model),

@@ -49,7 +49,7 @@ from qwencli.models.quant_formats import (
     quantization_section,
     scheme_named_by,
 )
-from qwencli.models.shape_reader import read_shape
+from qwencli.models.shape_reader import read_shape, stored_dtype
 from qwencli.models.tensors import renamings
 from qwencli.models.weight_files import StoredTensor, all_named, find_weights, some, stored_tensors
 
@@ -170,7 +170,7 @@ def plan_load(config: EngineConfig, files: ModelFiles) -> LoadPlan:
     """Make device, dtype and attention concrete. Raises as `qwencli.engine.resolve` does."""
     device = resolve_device(config.device)
     check_modes(config, EngineName.TRANSFORMERS, device_lacks(device))
-    dtype = resolve_dtype(config.dtype, device, files.checkpoint_dtype)
+    dtype = resolve_dtype(config.dtype, device, stored_dtype(files.hub_config))
     return LoadPlan(
         hub_config=files.hub_config,
         folder=files.folder,

@@ -135,9 +135,9 @@ def load(
     quantizer: Quantizer = quantize,
 ) -> LoadedWeights:
     """`begin`, and `PendingWeights.finish`."""
-    settings = quantization, packed, cache_file, progress, quantizer
+    settings = quantization, packed, cache_file, progress
     with begin(folder, shape, dtype, device, *settings) as pending:
-        return pending.finish()
+        return pending.finish(quantizer)
 
 
 def begin(
@@ -149,7 +149,6 @@ def begin(
     packed: PackedFormat | None = None,
     cache_file: Path | None = None,
     progress: BytesRead | None = None,
-    quantizer: Quantizer = quantize,
 ) -> PendingWeights:
     """Begin to load the checkpoint in `folder` as `dtype` on `device`.
 
@@ -170,7 +169,7 @@ def begin(
     origin = "" if packed is None else packed.label
 
     def attempt(cached: CachedMatrices | None) -> _Attempt:
-        kept = _Kept(found.shape, quantization, quantizer, origin)
+        kept = _Kept(found.shape, quantization, origin)
         reader = Reader(device, progress)
         try:
             loading = _Loading(found, reader, dtype, device, zero_offset)
@@ -222,9 +221,12 @@ class PendingWeights:
         """End all reading."""
         self._attempt.reader.close()
 
-    def finish(self) -> LoadedWeights:
+    def finish(self, quantizer: Quantizer = quantize) -> LoadedWeights:
         """All weights, each checked for NaN and infinity (one more read on the device, and one
         synchronisation at the end).
+
+        Args:
+            quantizer: of what has to be quantized.
 
         Raises:
             ModelFileError: values that are not finite (all named), or an unreadable file.
@@ -233,11 +235,11 @@ class PendingWeights:
             from qwencli.engine.loading.weight_cache import DamagedCache
 
             try:
-                return self._attempt.finish()
+                return self._attempt.finish(quantizer)
             except DamagedCache:
                 self.close()
             self._attempt = self._begin(None)  # nothing of the other is left here
-        loaded = self._attempt.finish()
+        loaded = self._attempt.finish(quantizer)
         return loaded if self._writer is None else replace(loaded, keeping=self._writer(loaded))
 
 
@@ -271,8 +273,9 @@ class _Attempt:
         self._plain = {spec.name: loading.begin(spec, ready) for spec in plain}
         self._cached = None if cached is None else cached.begin(reader)
 
-    def finish(self) -> LoadedWeights:
+    def finish(self, quantizer: Quantizer) -> LoadedWeights:
         kept, loading, reader = self._kept, self._loading, self.reader
+        kept.quantizer = quantizer
         while self._plain:
             name = next(iter(self._plain))
             kept.keep(name, self._plain.pop(name)())
@@ -327,7 +330,7 @@ def dummy(
 
     The values depend on the tensor's name and the kind of device alone; "meta" tensors have none.
     """
-    kept = _Kept(shape, quantization, quantizer)
+    kept = _Kept(shape, quantization, quantizer=quantizer)
     if device.type == "meta":
         for spec in specs(shape):
             kind = torch.float32 if spec.float32 else dtype
@@ -504,11 +507,11 @@ class _Kept:
         self,
         shape: ModelShape,
         quantization: Quantization,
-        quantizer: Quantizer,
         origin: str = "",
+        quantizer: Quantizer = quantize,
     ) -> None:
         self.tensors: Tensors = {}
-        self._quantizer = quantizer
+        self.quantizer = quantizer
         self._matrices: Matrices = {}
         self._tied = shape.text.tied_head
         self._schemes = SCHEMES.get(quantization)
@@ -537,4 +540,4 @@ class _Kept:
 
     def _quantize(self, name: str, tensor: torch.Tensor, scheme: Scheme) -> None:
         with span("quantize", tensor=name):
-            self._matrices[name] = self._quantizer(tensor, scheme)
+            self._matrices[name] = self.quantizer(tensor, scheme)

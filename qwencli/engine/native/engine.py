@@ -7,6 +7,7 @@ import gc
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ from qwencli.engine.base_engine import BaseEngine
 from qwencli.engine.cache.kv_cache import KV_SCHEMES
 from qwencli.engine.cache.prefix_cache import VisionCache
 from qwencli.engine.device_memory import release
-from qwencli.engine.frontend.model_files import ModelFiles, open_model
+from qwencli.engine.frontend.model_files import FoundModel, ModelFiles, find_model
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.loading import weights
 from qwencli.engine.loading.reader import pin_ahead
@@ -83,11 +84,12 @@ from qwencli.models.memory import RUNTIME_BYTES, native_kv_bytes, packed_weight_
 from qwencli.models.quant_formats import PackedFormat, format_of
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
-from qwencli.models.weight_files import find_weights, stored_tensors
 from qwencli.results import EffectiveConfig, GenerationChunk
 from qwencli.tracing import span
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from qwencli.engine.constrained import TokenMatcher
     from qwencli.engine.loading.weight_cache import BackgroundWriter, CacheWriter
     from qwencli.engine.native.kernel_loader import KernelLoader
@@ -202,24 +204,24 @@ class NativeEngine(BaseEngine):
             self._pinning = threading.Thread(target=pin_ahead, args=(place,))
             self._pinning.start()
 
-    def _load(self, files: ModelFiles) -> EffectiveConfig:
+    def _load(self, found: FoundModel) -> tuple[ModelFiles, EffectiveConfig]:
         with undisturbed(LOAD_TURN_S), quick_function_sources(), gc_freeze_loaded():
             if self._pinning is not None:
                 self._pinning.join()
             try:
-                return self._load_all(files)
+                return self._load_all(found)
             except BaseException:
                 self._generation = self._model = None  # their memory is what another try needs
                 raise
 
-    def _load_all(self, files: ModelFiles) -> EffectiveConfig:
+    def _load_all(self, found: FoundModel) -> tuple[ModelFiles, EffectiveConfig]:
         device = resolve_device(self.config.device)
         lacks = device_lacks(device)
-        shape = self._shape_of(files)
+        shape = self._shape_of(found)
         rows_only = shape.text.rows_only
         check_modes(self.config, EngineName.NATIVE, lacks, shape.text.traits)
         cache = self.config.cache or fastest_cache(EngineName.NATIVE, lacks)
-        packed = self._packed(files)
+        packed = self._packed(found)
         kernels = self._kernels(cache, lacks, is_packed=packed is not None)
         warnings: list[str] = []
         if kernels is Kernels.TRITON:
@@ -228,19 +230,19 @@ class NativeEngine(BaseEngine):
         if self.config.batch_invariant:
             invariant = batch_invariant_for(kernels, device)
         kv = KV_SCHEMES[self.config.kv_dtype]
-        dtype = resolve_dtype(self.config.dtype, device, files.checkpoint_dtype)
+        dtype = resolve_dtype(self.config.dtype, device, found.checkpoint_dtype)
         self._plan = plan_memory(
-            files.hub_config,
+            found.hub_config,
             self.config.model.name,
             dtype=dtype,
-            model_limit=files.max_seq_len,
+            model_limit=found.max_seq_len,
             wanted=self.config.max_seq_len,
             free_bytes=_free_bytes(device),
             max_pixels=self.config.max_pixels,
-            own_pixels=files.prompts.max_pixels,
+            own_pixels=found.max_pixels,
             quantization=self.config.quantization,
             kv_dtype=self.config.kv_dtype,
-            checkpoint_weights=_checkpoint_weights(files, shape, packed, dtype),
+            checkpoint_weights=_checkpoint_weights(found, shape, packed, dtype),
             prompt_graphs=cache is Cache.STATIC_GRAPH,
             drafting=self.config.speculate is not Speculate.OFF,
             draft_head=shape.text.draft_head,
@@ -259,26 +261,35 @@ class NativeEngine(BaseEngine):
         def make(shape: ModelShape, loaded: weights.LoadedWeights, slots: int) -> QwenModel:
             return QwenModel(shape, loaded, slots, attention, fused, kv, left_to_us, invariant)
 
-        warming = None
-        # Where kernels are compiled the load waits for them, and this would only make it longer.
-        if place.type == "cuda" and not (compiling is not None and compiling.compiles):
-            from qwencli.engine.native.warmup import WarmUp
-
-            warming = WarmUp(
-                shape,
-                torch_dtype,
-                place,
-                make,
-                graphs=cache is Cache.STATIC_GRAPH,
-                room_bytes=self._plan.total - self._plan.weights - RUNTIME_BYTES,
-            )
-        try:
-            with span("weights"):
-                loaded = self._weights(files, shape, torch_dtype, place, packed, kernels)
-        except BaseException:
+        with ExitStack() as begun:
             if compiling is not None:
-                compiling.close()
-            raise
+                begun.callback(compiling.close)
+            pending = None
+            if found.folder is not None:
+                reading = self._begin_weights(found.folder, shape, torch_dtype, packed)
+                pending = begun.enter_context(reading)
+            warming = None
+            # Where kernels are compiled the load waits for them; this would make it only longer.
+            if place.type == "cuda" and not (compiling is not None and compiling.compiles):
+                from qwencli.engine.native.warmup import WarmUp
+
+                warming = WarmUp(
+                    shape,
+                    torch_dtype,
+                    place,
+                    make,
+                    graphs=cache is Cache.STATIC_GRAPH,
+                    room_bytes=self._plan.total - self._plan.weights - RUNTIME_BYTES,
+                )
+            files = self._open(found)
+            with span("weights"):
+                quantizer = quantizer_for(kernels)
+                if pending is None:
+                    mode = self.config.quantization
+                    loaded = weights.dummy(shape, torch_dtype, place, mode, quantizer)
+                else:
+                    loaded = pending.finish(quantizer)
+            begun.pop_all()
         if warming is not None:
             with span("wait for the warm-up"):
                 warming.wait()
@@ -327,11 +338,11 @@ class NativeEngine(BaseEngine):
             warnings += compiling.notes()
         self._warnings = tuple(warnings)
         self._keep(loaded.keeping, cache)
-        return effective
+        return files, effective
 
-    def _shape_of(self, files: ModelFiles) -> ModelShape:
+    def _shape_of(self, found: FoundModel) -> ModelShape:
         """The model's, with its head that drafts tokens where that is to be used."""
-        shape, speculate = read_shape(files.hub_config), self.config.speculate
+        shape, speculate = found.shape, self.config.speculate
         layers = shape.text.mtp_layers
         if speculate is Speculate.MTP and layers != 1:
             head = "head that drafts tokens (MTP)"
@@ -342,9 +353,7 @@ class NativeEngine(BaseEngine):
             )
         wanted = speculate is Speculate.MTP
         if speculate is Speculate.AUTO and layers == 1:
-            wanted = files.folder is None or has_draft_head(
-                stored_tensors(find_weights(files.folder).files)
-            )
+            wanted = found.folder is None or has_draft_head(found.stored)
         return shape.with_draft_head() if wanted else shape
 
     def _keep(self, writer: CacheWriter | None, cache: Cache) -> None:
@@ -373,8 +382,8 @@ class NativeEngine(BaseEngine):
             UnsupportedModeError: plain torch runs here.
         """
         started, warnings = time.perf_counter(), list[str]()
-        files = open_model(replace(self.config, load_format=LoadFormat.DUMMY))
-        shape = self._shape_of(files)
+        found = find_model(replace(self.config, load_format=LoadFormat.DUMMY))
+        shape = self._shape_of(found)
         device = resolve_device(self.config.device)
         lacks = device_lacks(device)
         check_modes(self.config, EngineName.NATIVE, lacks)
@@ -387,7 +396,7 @@ class NativeEngine(BaseEngine):
         from qwencli.engine.native.kernel_cache import use_folder_of
 
         self._place = torch.device(device)
-        dtype = resolve_dtype(self.config.dtype, device, files.checkpoint_dtype)
+        dtype = resolve_dtype(self.config.dtype, device, found.checkpoint_dtype)
         self._planned = self._plan_of_kernels(kernels, shape, getattr(torch, dtype.value), None)
         ready = compiled = 0
         for rows in (0, BATCH_LIMITS["cuda"].max_rows):
@@ -424,25 +433,20 @@ class NativeEngine(BaseEngine):
         warnings.append(f"Triton cannot launch kernels ({why}): plain torch runs; {hint}")
         return Kernels.TORCH
 
-    def _weights(
+    def _begin_weights(
         self,
-        files: ModelFiles,
+        folder: Path,
         shape: ModelShape,
         dtype: torch.dtype,
-        place: torch.device,
         packed: PackedFormat | None,
-        kernels: Kernels,
-    ) -> weights.LoadedWeights:
-        mode, kept, quantizer = self.config.quantization, None, quantizer_for(kernels)
-        if self.config.load_format is LoadFormat.DUMMY:
-            return weights.dummy(shape, dtype, place, mode, quantizer)
-        assert files.folder is not None, "weights come from a folder"
+    ) -> weights.PendingWeights:
+        mode, kept = self.config.quantization, None
         if mode is not Quantization.NONE:
             from qwencli.models.quantized_cache import cache_file
 
-            kept = cache_file(files.folder, mode, str(dtype).removeprefix("torch."))
-        return weights.load(
-            files.folder, shape, dtype, place, mode, packed, kept, self._bytes_read, quantizer
+            kept = cache_file(folder, mode, str(dtype).removeprefix("torch."))
+        return weights.begin(
+            folder, shape, dtype, self._place, mode, packed, kept, self._bytes_read
         )
 
     def _plan_of_kernels(
@@ -472,13 +476,11 @@ class NativeEngine(BaseEngine):
 
         return KernelLoader(replace(self._planned, rows=rows), self._place)
 
-    def _packed(self, files: ModelFiles) -> PackedFormat | None:
+    def _packed(self, found: FoundModel) -> PackedFormat | None:
         """How the checkpoint is quantized already. Random weights never are."""
         if self.config.load_format is LoadFormat.DUMMY:
             return None
-        assert files.folder is not None, "weights come from a folder"
-        stored = stored_tensors(find_weights(files.folder).files)
-        packed = format_of(files.hub_config, stored, self.config.model.name)
+        packed = format_of(found.hub_config, found.stored, self.config.model.name)
         if packed is not None and self.config.quantization is not Quantization.NONE:
             raise UnsupportedModeError(
                 f"--quantization {self.config.quantization}: {self.config.model.name} is a "
@@ -625,13 +627,12 @@ class NativeEngine(BaseEngine):
 
 
 def _checkpoint_weights(
-    files: ModelFiles, shape: ModelShape, packed: PackedFormat | None, dtype: DType
+    found: FoundModel, shape: ModelShape, packed: PackedFormat | None, dtype: DType
 ) -> int | None:
-    if packed is None or files.folder is None:
+    if packed is None:
         return None
-    stored = stored_tensors(find_weights(files.folder).files)
     value_bytes = 4 if dtype is DType.FLOAT32 else 2
-    return packed_weight_bytes(shape, packed, stored, value_bytes)
+    return packed_weight_bytes(shape, packed, found.stored, value_bytes)
 
 
 def _row_attention(model: QwenModel) -> str:

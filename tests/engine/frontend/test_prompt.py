@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwencli.engine.frontend.chat_template import _CHATML as CHATML
+from qwencli.engine.frontend.processor_config import VISION_FAMILIES, ImageProcessorConfig
 from qwencli.engine.frontend.prompt import OUT_OF_THOUGHTS, Prompt, PromptBuilder
 from qwencli.errors import InputError, ModelFileError, UsageError
 from qwencli.messages import (
@@ -75,9 +76,24 @@ PICTURE = ImagePart(Image.new("RGB", (64, 40), "red"), "red.png")
 WIDE = ImagePart(Image.new("RGB", (320, 64), "blue"), "blue.png")
 
 
+def processor_of(
+    family: str, folder: Path | None = None, **bounds: int
+) -> ImageProcessorConfig | None:
+    if family not in VISION_FAMILIES:
+        return None
+    own = ImageProcessorConfig.for_family(family)
+    if folder is not None:
+        own = ImageProcessorConfig.from_files(folder, family)
+    return own.with_pixels(bounds.get("min_pixels"), bounds.get("max_pixels"))
+
+
+def opened(folder: Path, family: str, **bounds: int) -> PromptBuilder:
+    return PromptBuilder.from_folder(folder, processor_of(family, folder, **bounds))
+
+
 def builder(folder: Path, family: str = "qwen3_vl") -> PromptBuilder:
     write_tiny_folder(folder, template=FAMILIES[family])
-    return PromptBuilder.from_folder(folder, family=family, min_pixels=None, max_pixels=None)
+    return opened(folder, family)
 
 
 @pytest.fixture(scope="module")
@@ -193,10 +209,10 @@ def test_text_alone_for_a_vision_model(tmp_path: Path) -> None:
 def test_pixel_bounds_reach_the_processor(tmp_path: Path) -> None:
     write_tiny_folder(tmp_path, template=QWEN3_VL)
     bounds = {"min_pixels": 1024, "max_pixels": 1024}
-    small = PromptBuilder.from_folder(tmp_path, family="qwen3_vl", **bounds)
+    small = opened(tmp_path, "qwen3_vl", **bounds)
     assert small.build((user_message("", (PICTURE,)),)).num_image_tokens == 1
     with pytest.raises(UsageError):
-        PromptBuilder.from_folder(tmp_path, family="qwen3_vl", min_pixels=1, max_pixels=None)
+        opened(tmp_path, "qwen3_vl", min_pixels=1)
 
 
 # --- videos -----------------------------------------------------------------------------------
@@ -249,11 +265,11 @@ def test_text_cannot_make_a_place_for_a_video(tmp_path: Path) -> None:
 
 def test_a_template_that_knows_no_videos(tmp_path: Path) -> None:
     write_tiny_folder(tmp_path, template="{{ 'nothing' }}")
-    bad = PromptBuilder.from_folder(tmp_path, family="qwen3_vl", min_pixels=None, max_pixels=None)
+    bad = opened(tmp_path, "qwen3_vl")
     with pytest.raises(ModelFileError, match="makes 0 places for 1 pictures"):
         bad.build((user_message("", (FILM,)),))
     write_tiny_folder(tmp_path, template="<|image_pad|>")
-    bad = PromptBuilder.from_folder(tmp_path, family="qwen2_vl", min_pixels=None, max_pixels=None)
+    bad = opened(tmp_path, "qwen2_vl")
     with pytest.raises(ModelFileError, match="mixes up pictures and videos"):
         bad.build((user_message("", (FILM,)),))
 
@@ -301,7 +317,7 @@ def test_a_picture_no_model_takes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["no places", "<|image_pad|><|image_pad|>"])
 def test_a_template_that_loses_or_invents_pictures(text: str, tmp_path: Path) -> None:
     write_tiny_folder(tmp_path, template=text)
-    bad = PromptBuilder.from_folder(tmp_path, family="qwen3_vl", min_pixels=None, max_pixels=None)
+    bad = opened(tmp_path, "qwen3_vl")
     with pytest.raises(
         ModelFileError, match=r"chat_template\.jinja makes \d places for 1 pictures"
     ):
@@ -319,7 +335,7 @@ def test_a_dummy_gets_the_ids_its_model_expects(tmp_path: Path) -> None:
         "vision_start_token_id": 151652,
         "vision_end_token_id": 151653,
     }
-    dummy = PromptBuilder.dummy(tmp_path, hub_config=config, min_pixels=None, max_pixels=None)
+    dummy = PromptBuilder.dummy(tmp_path, processor_of(config["model_type"]), config)
     prompt = dummy.build((user_message("hello", (WIDE,)),))
     rows, columns = prompt.grid_thw[0][1:]
     assert (rows, columns) == (4, 22)  # 64x320 in patches of 14, as that family wants it
@@ -335,7 +351,7 @@ def test_a_dummy_gets_the_ids_its_model_expects(tmp_path: Path) -> None:
 def test_a_dummy_of_a_text_model(tmp_path: Path) -> None:
     write_tiny_folder(tmp_path)
     config = {"model_type": "qwen3"}
-    dummy = PromptBuilder.dummy(tmp_path, hub_config=config, min_pixels=None, max_pixels=None)
+    dummy = PromptBuilder.dummy(tmp_path, processor_of(config["model_type"]), config)
     own = builder(tmp_path / "own", "qwen3")
     prompt = dummy.build((text_message("user", "hello"),))
     assert prompt.image_token_id is None
@@ -364,7 +380,7 @@ def test_a_template_may_open_a_thought(tmp_path: Path, end: str, opens: bool) ->
     template = CHATML.replace("assistant\\n", "assistant\\n" + end)
     assert template != CHATML or not end
     write_tiny_folder(tmp_path, template=template)
-    built = PromptBuilder.from_folder(tmp_path, family="qwen3", min_pixels=None, max_pixels=None)
+    built = opened(tmp_path, "qwen3")
     assert built.build((text_message("user", "<think>"),)).opens_thought is opens
 
 
@@ -381,7 +397,7 @@ def test_a_beginning_of_the_answer_is_the_prompts_end(
 ) -> None:
     template = CHATML.replace("assistant\\n", "assistant\\n" + end)
     write_tiny_folder(tmp_path, template=template)
-    built = PromptBuilder.from_folder(tmp_path, family="qwen3", min_pixels=None, max_pixels=None)
+    built = opened(tmp_path, "qwen3")
     ask = (text_message("user", "What?"),)
     begun = built.build(ask, starts_with="A photo of <|im_end|> ")
     assert not begun.opens_thought
@@ -428,7 +444,7 @@ def test_thoughts_with_a_budget_begin_in_the_prompt(
 ) -> None:
     assert ALWAYS != CHATML
     write_tiny_folder(tmp_path, template=template)
-    made = PromptBuilder.from_folder(tmp_path, family="qwen3", min_pixels=None, max_pixels=None)
+    made = opened(tmp_path, "qwen3")
     prompt = made.build((user_message("hi"),), thinking=thinking, thinking_budget=budget)
     said = made.tokenizer.encode(ends)
     assert prompt.input_ids[-len(said) :] == said
@@ -462,5 +478,5 @@ def test_thoughts_are_known_by_what_the_template_does(
     tmp_path: Path, template: str, thinks: bool
 ) -> None:
     write_tiny_folder(tmp_path, template=template)
-    made = PromptBuilder.from_folder(tmp_path, family="qwen3", min_pixels=None, max_pixels=None)
+    made = opened(tmp_path, "qwen3")
     assert made.can_think is thinks

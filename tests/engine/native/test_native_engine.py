@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
+import shutil
 import sys
+import threading
 import weakref
+from pathlib import Path
 
 import pytest
 
 from qwencli.config import Attention, Cache, DType, EngineName, SamplingOptions
 from qwencli.engine.cpu.attention import NumpyAttention
+from qwencli.engine.frontend.model_files import FoundModel
 from qwencli.engine.hf.engine import TransformersEngine
+from qwencli.engine.loading import weights
 from qwencli.engine.machine.python_runtime import PASS_TURN_S
 from qwencli.engine.native.engine import NativeEngine
-from qwencli.errors import InputError, OutOfMemoryError, UnsupportedModeError
+from qwencli.errors import InputError, ModelFileError, OutOfMemoryError, UnsupportedModeError
 from qwencli.messages import GenerationRequest, text_message, user_message
 from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, film, picture
 
@@ -208,11 +213,32 @@ def test_out_of_memory_while_loading_is_one_line(checkpoint, monkeypatch):
 
     engine = NativeEngine(native_config(checkpoint("qwen3")))
     with monkeypatch.context() as patch:
-        patch.setattr("qwencli.engine.native.engine.weights.load", exhausted)
+        patch.setattr("qwencli.engine.native.engine.weights.begin", exhausted)
         with pytest.raises(OutOfMemoryError, match="while loading"):
             engine.load()
     assert engine.generate(ask()).num_new_tokens == 64
     engine.close()
+
+
+def test_weights_are_read_while_the_tokenizer_is(checkpoint, monkeypatch):
+    order = []
+    begin, open_files = weights.begin, FoundModel.open
+
+    def noted(what, work):
+        return lambda *given: (order.append(what), work(*given))[1]
+
+    monkeypatch.setattr(weights, "begin", noted("weights", begin))
+    monkeypatch.setattr(FoundModel, "open", noted("tokenizer", open_files))
+    with NativeEngine(native_config(checkpoint("qwen3"))):
+        assert order == ["weights", "tokenizer"]
+
+
+def test_a_tokenizer_that_cannot_be_read_ends_the_reading_of_weights(checkpoint, tmp_path):
+    folder = Path(shutil.copytree(checkpoint("qwen3"), tmp_path / "broken"))
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelFileError, match="tokenizer"):
+        NativeEngine(native_config(folder)).load()
+    assert not [each for each in threading.enumerate() if each.name.startswith("reader")]
 
 
 def test_another_picture_of_the_same_size_is_not_mistaken(engine):
