@@ -50,6 +50,7 @@ PROMPTS = (272, 1088, 4352)
 SCHEMES = {"fp8": Scheme.FP8, "8bit": Scheme.INT8, "4bit": Scheme.INT4}
 FORMATS = {
     Scheme.FP8: RowFormat.FP8,
+    Scheme.INT8: RowFormat.INT8,
     Scheme.INT4: RowFormat.FLOAT16,
 }
 BYTES_AT_ONCE = 300_000_000  # several times what caches hold

@@ -16,10 +16,10 @@ ROWS = (9, 16, 17, 32, 64, 128, 256, 300)
 needs_fp8 = pytest.mark.skipif(
     torch.cuda.get_device_capability() < (8, 9), reason="this GPU has no fp8"
 )
-NAMES = ["int4", pytest.param("fp8", marks=needs_fp8)]
+NAMES = ["int4", "int8", pytest.param("fp8", marks=needs_fp8)]
 
 
-@pytest.mark.parametrize("row_format", [RowFormat.FLOAT16, RowFormat.FP8])
+@pytest.mark.parametrize("row_format", list(RowFormat))
 @pytest.mark.parametrize(("rows", "columns"), [(1, 128), (17, 200), (9, 9728)])
 def test_rows_are_rounded_to_their_formats_steps(row_format, rows, columns):
     if row_format is RowFormat.FP8 and torch.cuda.get_device_capability() < (8, 9):

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.engine.ops.test_next_tokens import VOCAB, sampler_of, tables
 
 from qwencli.config import (
     DType,
@@ -35,6 +34,7 @@ from qwencli.models.shape_reader import read_shape
 from tests.checkpoints import engine_config
 from tests.engine.kernels.test_hybrid_step import CONFIG
 from tests.engine.native.mtp_reference import with_head
+from tests.engine.ops.test_next_tokens import VOCAB, sampler_of, tables
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 DRAFTS = 3

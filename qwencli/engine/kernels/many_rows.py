@@ -2,9 +2,9 @@
 
 Each is quantized rows (`row_quant`) times a matrix as it is stored: `tiled_gemm`, or torch's own
 8-bit product where that is faster. What neither takes is dequantized and multiplied by torch:
-kinds that pre-quantized checkpoints have, models in float32, GPUs without the instructions, int8
-weights, and int4 ones of so many rows that reading them back costs little beside the product. A
-batch with memory to spare has dequantized them before (`keep_dense`).
+kinds that pre-quantized checkpoints have, models in float32, GPUs without the instructions, and
+int4 weights of so many rows that reading them back costs little beside the product. A batch with
+memory to spare has dequantized them before (`keep_dense`).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from qwencli.engine.quant.quantized_tensor import QuantizedTensor, Scheme
 Tensor = torch.Tensor
 FORMATS = {
     Scheme.FP8: RowFormat.FP8,
+    Scheme.INT8: RowFormat.INT8,
     Scheme.INT4: RowFormat.FLOAT16,
 }
 # Columns enough for an instruction, and no more than a step of `tiled_gemm` has.
@@ -122,7 +123,8 @@ class ManyRows:
             most = MOST_INT4_ROWS_BESIDE_DENSE if is_kept_dense(matrix) else MOST_INT4_ROWS
             few = len(x) <= most and matrix.group in INT4_GROUPS
             return RowFormat.FLOAT16 if few else None
-        if matrix.grouped or (matrix.scheme is Scheme.FP8 and not self._capability.fp8):
+        lacks = matrix.scheme is Scheme.FP8 and not self._capability.fp8
+        if not matrix.scaled_by_row or lacks:
             return None
         return FORMATS.get(matrix.scheme)
 

@@ -5,6 +5,7 @@ the row in the format that `tiled_gemm` multiplies. Nothing is rounded in betwee
 
 format   values
 FP8      float8_e4m3fn, x * 448 / max
+INT8     int8, x * 127 / max, rounded to the nearest
 FLOAT16  float16, x / max, in halves
 
 Each row has one scale. "In halves": columns 0 to 3 of each 8 of the row lie before all columns 4 to
@@ -26,11 +27,15 @@ from qwencli.engine.ops.decoder_ops import RMSNorm
 class RowFormat(IntEnum):
     FP8 = 1
     FLOAT16 = 2
+    INT8 = 3
 
 
 FP8 = tl.constexpr(int(RowFormat.FP8))
+FLOAT16 = tl.constexpr(int(RowFormat.FLOAT16))
+INT8 = tl.constexpr(int(RowFormat.INT8))
 VALUE_TYPES = {
     RowFormat.FP8: torch.float8_e4m3fn,
+    RowFormat.INT8: torch.int8,
     RowFormat.FLOAT16: torch.float16,
 }
 # Values of a row that a thread holds; more than twice as many spill.
@@ -68,6 +73,10 @@ def quantize_rows_kernel(
     if FORMAT == FP8:
         tl.store(scale_ptr + row, largest * (1.0 / 448.0))
         x *= 448.0 / largest
+    elif FORMAT == INT8:
+        tl.store(scale_ptr + row, largest * (1.0 / 127.0))
+        # Adding 1.5 * 2^23 rounds to an integer, in the lowest bits of the result.
+        x = (x * (127.0 / largest) + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
     else:
         tl.store(scale_ptr + row, largest)
         x *= 1.0 / largest

@@ -6,9 +6,9 @@ share the columns of a tile where there are too few tiles for the device: each s
 the one that arrives last adds them up in order, so that a result does not depend on the order of
 arrival.
 
-fp8 weights are multiplied as they are with fp8 activations: each side has one scale a row, which
-the end applies. int4 weights become float16 in registers, (q - zero) * scale, and meet float16
-activations (`row_quant`).
+fp8 and int8 weights are multiplied as they are with activations of the same type: each side has one
+scale a row, which the end applies. Sums of int8 are whole numbers until then. int4 weights become
+float16 in registers, (q - zero) * scale, and meet float16 activations (`row_quant`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qwencli.engine.kernels.row_quant import FP8, QuantizedRows, RowFormat
+from qwencli.engine.kernels.row_quant import FLOAT16, INT8, QuantizedRows, RowFormat
 from qwencli.engine.kernels.tiles import ProductTiles
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor
 
@@ -38,7 +38,7 @@ def int4_as_float16(q, zero, scale):
 def tiled_gemm_kernel(
     x_ptr,  # [M, K] in FORMAT
     x_scale_ptr,  # float32 [M]
-    w_ptr,  # FP8: [N, K]; FLOAT16: uint8 [N, K / 2]
+    w_ptr,  # FP8, INT8: [N, K]; FLOAT16: uint8 [N, K / 2]
     scale_ptr,  # [N]; FLOAT16: [N, K / G]
     zero_point_ptr,  # FLOAT16: [N, K / G]
     bias_ptr,  # [N], or None
@@ -76,8 +76,8 @@ def tiled_gemm_kernel(
     share = tl.cdiv(tl.cdiv(K, COLUMNS), SPLITS) * COLUMNS
     begin = split * share
     end = tl.minimum(begin + share, K)
-    acc = tl.zeros((ROWS, TOKENS), tl.float32)
-    if FORMAT != FP8:
+    acc = tl.zeros((ROWS, TOKENS), tl.int32 if FORMAT == INT8 else tl.float32)
+    if FORMAT == FLOAT16:
         inner = tl.arange(0, COLUMNS // 2)
         w_row = w_ptr + read_rows[:, None] * (K // 2) + inner[None, :]
         x_row = x_ptr + read_tokens[None, :] * K + inner[:, None]
@@ -101,7 +101,8 @@ def tiled_gemm_kernel(
             else:
                 w = tl.load(w_row + start, mask=(start + inner < K)[None, :], other=0.0)
                 x = tl.load(x_row + start, mask=(start + inner < K)[:, None], other=0.0)
-            acc = tl.dot(w, x, acc)
+            acc = tl.dot(w, x, acc, out_dtype=acc.dtype)
+    acc = acc.to(tl.float32)
     if SPLITS == 1:
         finish_tile(
             acc, rows, tokens, M, N, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, FORMAT, ADD
@@ -130,7 +131,7 @@ def finish_tile(
 ):  # fmt: skip
     """Scale the sums [ROWS, TOKENS], add bias and residual, store them as [TOKENS, ROWS]."""
     inside, real = rows < N, tokens < M
-    if FORMAT == FP8:
+    if FORMAT != FLOAT16:
         sums *= tl.load(scale_ptr + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
     sums *= tl.load(x_scale_ptr + tokens, mask=real, other=0.0)[None, :]
     if bias_ptr is not None:

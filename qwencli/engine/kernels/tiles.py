@@ -300,6 +300,13 @@ _PRODUCTS: Mapping[str, tuple[tuple[int, ProductTiles], ...]] = {
         (128, ProductTiles(64, 64, 128, 4, stages=5)),
         (ANY, ProductTiles(64, 128, 128, 4, stages=4)),
     ),
+    "INT8": (
+        (16, ProductTiles(64, 16, 256, 4, stages=4)),
+        (32, ProductTiles(64, 32, 256, 4, stages=4)),
+        (128, ProductTiles(64, 64, 128, 4, stages=5)),
+        (2048, ProductTiles(128, 64, 128, 4, stages=4)),
+        (ANY, ProductTiles(128, 128, 128, 8, stages=3)),
+    ),
     "FLOAT16": (
         (16, ProductTiles(64, 16, 128, 4, stages=3)),
         (32, ProductTiles(64, 32, 128, 4, stages=3)),
@@ -312,7 +319,7 @@ MOST_INT4_ROWS = 128
 # The same where they have been read back before.
 MOST_INT4_ROWS_BESIDE_DENSE = 16
 # Programs a multiprocessor up to which columns are shared: unpacking keeps more of them busy.
-_SHARING: Mapping[str, int] = {"FP8": 1, "FLOAT16": 3}
+_SHARING: Mapping[str, int] = {"FP8": 1, "INT8": 1, "FLOAT16": 3}
 # Of more tokens the sums that programs exchange cost more than what they share.
 _MOST_SHARING_TOKENS = 64
 # torch's fp8 product shares no columns: it needs tiles of 128 by 128 enough for a device.

@@ -166,7 +166,12 @@ class QwenModel:
         matrices = self.decoder.quantized_matrices
         if self.draft_head is not None:
             matrices = matrices + self.draft_head.quantized_matrices
-        return [each for each in matrices if each.scheme is not Scheme.FP8]
+        return [
+            each
+            for each in matrices
+            if each.scheme is not Scheme.FP8
+            and not (each.scheme is Scheme.INT8 and each.scaled_by_row)
+        ]
 
     def static_cache(self, batch: int = 1, max_seq_len: int | None = None) -> StaticKVCache:
         """A cache of `max_seq_len` slots (default: the model's) for `batch` sequences."""

@@ -136,6 +136,12 @@ class QuantizedTensor:
         return self.scale.dim() == 2
 
     @property
+    def scaled_by_row(self) -> bool:
+        """Whether a row is its values times one scale: no groups, zero points, order or table."""
+        others = self.zero_point, self.g_idx_sort_indices, self.codebook
+        return not self.grouped and all(other is None for other in others)
+
+    @property
     def group(self) -> int:
         """Columns that share a scale."""
         return self.columns // self.scale.shape[1] if self.grouped else self.columns

@@ -238,9 +238,9 @@ def products_of_rows(about: dict[str, Any]) -> None:
     """Of quantized matrices with each number of rows that has tiles of its own."""
     many, width = many_rows.ManyRows(CPU), 2560
     norm = RMSNorm(torch.ones(width, dtype=torch.bfloat16), 1e-6)
-    for scheme in (Scheme.FP8, Scheme.INT4):
+    for scheme in (Scheme.FP8, Scheme.INT8, Scheme.INT4):
         about |= {"quantization": scheme.value}
-        for rows in (16, 32, 128, 256) if WHOLE else (16, 256):
+        for rows in (16, 32, 128, 256, 4096) if WHOLE else (16, 256):
             about |= {"rows": rows}
             x, y = (torch.zeros(rows, width, dtype=torch.bfloat16) for _ in range(2))
             many.product(x, zeros_of(scheme, width, width), norm=norm, onto=y)

@@ -20,9 +20,9 @@ from qwencli.engine.ops.decoder_ops import (
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor
 from tests.engine.quant.drawn_matrices import KINDS, Kind, Scheme, drawn
 
-FORMATS = {"fp8": RowFormat.FP8, "int4": RowFormat.FLOAT16}
+FORMATS = {"fp8": RowFormat.FP8, "int8": RowFormat.INT8, "int4": RowFormat.FLOAT16}
 # How far each format may round a value, of the largest one of its row (fp8: of itself).
-STEPS = {RowFormat.FP8: 2**-4, RowFormat.FLOAT16: 2**-11}
+STEPS = {RowFormat.FP8: 2**-4, RowFormat.INT8: 0.5 / 127, RowFormat.FLOAT16: 2**-11}
 SMALL = ProductTiles(32, 16, 64, num_warps=2, splits=1, stages=2, band=2)
 
 
@@ -59,9 +59,12 @@ def assert_rounded(row_format: RowFormat, rows: int, columns: int, device: str) 
 
 
 # Not fp8: the interpreter loses the carry of values that round up to a power of two.
+@pytest.mark.parametrize("row_format", [RowFormat.INT8, RowFormat.FLOAT16])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 128), (17, 200), (9, 2560)])
-def test_rows_are_rounded_to_their_formats_steps(rows: int, columns: int) -> None:
-    assert_rounded(RowFormat.FLOAT16, rows, columns, "cpu")
+def test_rows_are_rounded_to_their_formats_steps(
+    row_format: RowFormat, rows: int, columns: int
+) -> None:
+    assert_rounded(row_format, rows, columns, "cpu")
 
 
 def assert_close(matrix: QuantizedTensor, rows: int, tiles: ProductTiles, device: str) -> None:
@@ -88,8 +91,9 @@ def test_products_are_those_of_the_matrix_read_back(name: str, splits: int, rows
 
 
 @pytest.mark.parametrize("columns", [200, 8 * 37])
-def test_rows_that_end_within_a_step(columns: int) -> None:
-    assert_close(drawn(KINDS["fp8"], 40, columns), 10, SMALL, "cpu")
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_rows_that_end_within_a_step(name: str, columns: int) -> None:
+    assert_close(drawn(KINDS[name], 40, columns), 10, SMALL, "cpu")
 
 
 @pytest.mark.parametrize("group", [32, 64])
@@ -136,7 +140,7 @@ def test_a_layer_of_many_rows_is_that_of_plain_operators(kind: str) -> None:
 
 
 def test_tiles_fit_every_card_and_share_columns_only_while_a_device_has_room() -> None:
-    for name, bits in (("FP8", (8, 8)), ("FLOAT16", (4, 16))):
+    for name, bits in (("FP8", (8, 8)), ("INT8", (8, 8)), ("FLOAT16", (4, 16))):
         for tokens in (9, 16, 17, 64, 128, 4000):
             for rows, columns in ((2560, 9728), (151936, 2560), (128, 128)):
                 tiles = product_tiles(name, rows, columns, tokens, 132)
