@@ -1,13 +1,16 @@
 """What fewer bits cost: each scheme against unquantized weights, on the bundled model.
 
     python benchmarks/quality.py OUT [--scenes 400] [--kl-scenes 100] [--device cpu] [--modes A,B]
+                                 [--round-prompts]
 
 Exact captions of held-out scenes that training never saw (`tools.scenes.heldout`); the mean
 Kullback-Leibler divergence from the native engine without quantization at every token of their
 right captions, picture included, over the whole vocabulary; and how far the decoder's matrices are
 from the unquantized ones. Modes are ENGINE:QUANTIZATION; native:nf4 reads a checkpoint that is
 written here with bitsandbytes, as transformers saves them. On the CPU, whose operators read every
-matrix back at every step, each is read back once.
+matrix back at every step, each is read back once. Kernels of a GPU round activations too:
+`--round-prompts` rounds those of prompts, on the CPU, as `row_quant` does for int8 weights (127
+steps to the largest of a row), in front of each product of the decoder in the native engine's 8bit.
 """
 
 from __future__ import annotations
@@ -21,11 +24,13 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from qwencli.config import EngineConfig, EngineName, ModelSource, ModelSpec, Quantization
 from qwencli.engine.base_engine import BaseEngine
@@ -67,7 +72,7 @@ def request(item: HeldOutItem) -> GenerationRequest:
 
 def caption_log_probs(engine: BaseEngine, item: HeldOutItem) -> torch.Tensor:
     """Log-probabilities [tokens, V] of every token of the right caption, and of its end."""
-    prompt = engine._prompt(request(item))
+    prompt = engine._prompt(request(item), None)
     caption = engine.files.prompts.tokenizer.encode(item.caption)
     read = _native_logits if isinstance(engine, NativeEngine) else _transformers_logits
     with torch.inference_mode():
@@ -162,6 +167,29 @@ def read_back_once(engine: Any) -> None:
     ]
 
 
+class RoundedPrompts(TorchFunctionMode):
+    """Rounds the rows that are multiplied by a matrix of the decoder; steps on a CPU are no
+    operators of torch."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__()
+        decoder = engine._generation._model.decoder
+        matrices = [decoder.head]
+        for layer in decoder.layers:
+            matrices += [layer.qkv, layer.o, layer.gate_up, layer.down]
+        self._places = {matrix.data_ptr() for matrix in matrices}
+        self.products = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.mm, torch.addmm, torch.Tensor.addmm_):
+            *before, rows, matrix = args
+            if matrix.data_ptr() in self._places:
+                self.products += 1
+                step = rows.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+                args = (*before, (rows / step).round() * step, matrix)
+        return func(*args, **(kwargs or {}))
+
+
 def measure(
     mode: str,
     spec: ModelSpec,
@@ -169,6 +197,7 @@ def measure(
     kl_items: list[HeldOutItem],
     reference: list[torch.Tensor],
     device: str,
+    round_prompts: bool,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[torch.Tensor]]:
     """The mode's row, its wrong captions, and its log-probabilities of the right ones."""
     engine_name, _, bits = mode.partition(":")
@@ -181,13 +210,18 @@ def measure(
         assert isinstance(engine, BaseEngine), "both engines hold the model here"
         if engine_name == EngineName.NATIVE and engine.effective.device == "cpu":
             read_back_once(engine)
-        for item in items:
-            answer = engine.generate(request(item)).text.strip()
-            if answer != item.caption:
-                wrong.append({"mode": mode, "scene": item.index, "answer": answer})
-        for item in kl_items:
-            said.append(caption_log_probs(engine, item))
         scheme = engine.effective.quantization
+        rounding = RoundedPrompts(engine) if round_prompts and mode == "native:8bit" else None
+        with rounding or nullcontext():
+            for item in items:
+                answer = engine.generate(request(item)).text.strip()
+                if answer != item.caption:
+                    wrong.append({"mode": mode, "scene": item.index, "answer": answer})
+            for item in kl_items:
+                said.append(caption_log_probs(engine, item))
+        if rounding is not None:
+            assert rounding.products, "prompts multiply by the decoder's matrices"
+            scheme += ", prompts rounded"
     row: dict[str, Any] = {"engine": engine_name, "quantization": bits, "scheme": scheme}
     row |= {"scenes": len(items), "exact_percent": 100 * (1 - len(wrong) / len(items))}
     row |= _divergence(reference or said, said)
@@ -226,6 +260,7 @@ def main() -> None:
     parser.add_argument("--kl-scenes", type=int, default=100)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--round-prompts", action="store_true")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     items = list(heldout(options.scenes))
@@ -240,7 +275,13 @@ def main() -> None:
             if mode == "native:nf4":
                 spec = write_nf4(Path(temporary) / "nf4")
             row, missed, said = measure(
-                mode, spec, items, items[: options.kl_scenes], reference, options.device
+                mode,
+                spec,
+                items,
+                items[: options.kl_scenes],
+                reference,
+                options.device,
+                options.round_prompts,
             )
             reference = reference or said
             row["lost_points"] = rows[0]["exact_percent"] - row["exact_percent"] if rows else 0.0

@@ -150,8 +150,9 @@ def small_hybrid(files: Sequence[Path]) -> str:
 
 
 def same_answers(files: Sequence[Path]) -> str:
-    """Of `benchmarks/same_answers.py`; what it costs where that was timed."""
-    found = [row for file in files for row in read(file)]
+    """Of `benchmarks/same_answers.py`; what it costs where that was timed. Modes that were refused
+    are left out."""
+    found = [row for file in files for row in read(file) if "error" not in row]
     timed = any("captions_per_s" in row for row in found)
     rows = []
     for row in found:
@@ -163,11 +164,32 @@ def same_answers(files: Sequence[Path]) -> str:
             f"{sum(each['answers'] for each in mixes)}",
             f"{row['differ_percent']:.1f}",
         ]
-        if timed:
-            cells += [f"{row['captions_per_s']:.1f}", f"{row['one_row_tok_per_s']:.1f}"]
+        for speed in ("captions_per_s", "one_row_tok_per_s") if timed else ():
+            cells.append(f"{row[speed]:.1f}" if speed in row else "-")
         rows.append(cells)
     head = ["weights", "kernels", "batch-invariant", "answers in mixes", "others than alone, %"]
     return markdown(head + ["captions/s", "one row, tok/s"] * timed, rows)
+
+
+def products(files: Sequence[Path]) -> str:
+    """Of `benchmarks/quantized_products.py`: microseconds of each way."""
+    rows = []
+    for row in read(files[0])["rows"]:
+        times = [f"{row['us'][way]:.1f}" for way in ("ours", "read_back", "bf16")]
+        rows.append([row["matrix"], str(row["rows"]), *times, f"{100 * row['off']['ours']:.1f}"])
+    head = ["matrix", "tokens", "in 8 bits, us", "dequantized, us", "bf16, us", "off, %"]
+    return markdown(head, rows)
+
+
+def product_ways(files: Sequence[Path]) -> str:
+    """TFLOP/s of products alone, by way; of a kernel of ours the best of some tiles."""
+    rows = []
+    for row in read(files[0]):
+        times = row["bf16"], row["fp8"], row["int_mm_scaled"], row["triton_int8"][0]
+        speeds = [f"{row['flop'] / us / 1e6:,.0f}" for us in times]
+        rows.append([row["matrix"], f"{row['m']:,}", *speeds])
+    head = ["matrix", "tokens", "bf16", "fp8", "int8 by torch, scaled", "int8 in our tiles"]
+    return markdown(head, rows)
 
 
 def mtp(files: Sequence[Path]) -> str:

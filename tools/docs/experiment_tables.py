@@ -32,6 +32,8 @@ KINDS: dict[str, Callable[[Sequence[Path]], str]] = {
     "serve-answers": serving_tables.serve_answers,
     "mtp": engine_tables.mtp,
     "same-answers": engine_tables.same_answers,
+    "products": engine_tables.products,
+    "product-ways": engine_tables.product_ways,
     "tile-search": engine_tables.tile_search,
     "attention-cuts": engine_tables.attention_cuts,
     "serve-speed": serving_tables.serve_speed,

@@ -232,7 +232,7 @@ class VisionTower:
             if name.startswith("vision.")
         }
         self._dtype = self._w["merger.norm"].dtype
-        self._varlen = varlen
+        self.varlen = varlen
         self._attention: SegmentAttention = SEGMENT_ATTENTION[attention]
         self._activation = ACTIVATIONS[shape.activation]
         device, heads = self._w["patch"].device, shape.num_heads
@@ -429,7 +429,7 @@ class VisionTower:
         heads = self.shape.num_heads
         qkv = x.view(1, -1, 3 * heads, self.shape.head_dim)
         self._turn(qkv, ready.rope, 2 * heads)
-        attended = attend(qkv[0], packed or segments, self._attention, self._varlen)
+        attended = attend(qkv[0], packed or segments, self._attention, self.varlen)
         if len(hidden) <= UNDIVIDED:
             return self._after_attention(at, attended, hidden)
         for some, piece in zip(

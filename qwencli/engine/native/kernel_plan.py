@@ -183,21 +183,7 @@ _SHORT: Mapping[Any, Callable[..., torch.Tensor]] = {
 def planned_passes(planned: PlannedModel) -> Iterator[PlannedPass]:
     """Every kind of pass that the engine makes, over tensors without values."""
     shape = _shortened(planned.shape)
-    quantizer = quantizer_for(Kernels.TRITON)
-    loaded = weights.dummy(shape, planned.dtype, META, planned.quantization, quantizer)
-    invariant = None
-    if planned.batch_invariant:
-        invariant = batch_invariant_for(Kernels.TRITON, "cuda")
-    model = QwenModel(
-        shape,
-        loaded,
-        SLOTS,
-        Attention.SDPA,  # which kernels there are does not depend on what else attends
-        fused_for(Kernels.TRITON, planned.attention),
-        KV_SCHEMES[planned.kv_dtype],
-        planned.attention is Attention.AUTO,
-        invariant,
-    )
+    model = _model(planned, shape, planned.quantization)
     if not shape.text.rows_only:
         yield from _lone_passes(planned, model)
     for tokens in (PROMPT_TOKENS, PREFILL_CHUNK):
@@ -214,8 +200,31 @@ def planned_passes(planned: PlannedModel) -> Iterator[PlannedPass]:
         yield PlannedPass("products of prompts", tokens, 0, products)
     if model.vision is not None:
         yield PlannedPass("picture", 64, 0, lambda: _encode(model))
+        yield PlannedPass("pictures", 64, 0, lambda: _picture_attention(model, 64))
+    if planned.quantization is not Quantization.NONE and not shape.text.rows_only:
+        # What a load lets torch get ready with (`warmup`), whose weights are not quantized.
+        plain = _model(planned, shape, Quantization.NONE)
+        yield PlannedPass("prompt, unquantized", PROMPT_TOKENS, 0, lambda: _prefill(plain))
     if planned.rows or shape.text.rows_only:
         yield from _row_passes(planned, model)
+
+
+def _model(planned: PlannedModel, shape: ModelShape, quantization: Quantization) -> QwenModel:
+    quantizer = quantizer_for(Kernels.TRITON)
+    loaded = weights.dummy(shape, planned.dtype, META, quantization, quantizer)
+    invariant = None
+    if planned.batch_invariant:
+        invariant = batch_invariant_for(Kernels.TRITON, "cuda")
+    return QwenModel(
+        shape,
+        loaded,
+        SLOTS,
+        Attention.SDPA,  # which kernels there are does not depend on what else attends
+        fused_for(Kernels.TRITON, planned.attention),
+        KV_SCHEMES[planned.kv_dtype],
+        planned.attention is Attention.AUTO,
+        invariant,
+    )
 
 
 def _shortened(shape: ModelShape) -> ModelShape:
@@ -283,6 +292,20 @@ def _encode(model: QwenModel) -> None:
     side = 8 * tower.merge_size
     patches = torch.empty(side * side, tower.patch_elements, dtype=model.dtype, device=META)
     model.encode_images(patches, [(1, side, side)])
+
+
+def _picture_attention(model: QwenModel, patches: int) -> None:
+    """A block's attention over pictures of several sizes, or over one in a graph."""
+    tower = model.shape.vision
+    assert model.vision is not None and tower is not None, "the caller looked"
+    attend = model.vision.varlen
+    if attend is None:
+        return
+    heads = tower.num_heads, tower.head_dim
+    qkv = torch.empty(patches, 3, *heads, dtype=model.dtype, device=META)
+    q, keys, values = qkv.unbind(1)
+    starts = torch.empty(3, dtype=torch.int32, device=META)
+    attend(q, keys, values, patches, starts, starts)
 
 
 def _row_passes(planned: PlannedModel, model: QwenModel) -> Iterator[PlannedPass]:

@@ -25,6 +25,8 @@ from qwencli.engine.runner import ModelRunner
 from qwencli.engine.runner_prompt import PromptLayouts
 from qwencli.engine.spec_decode.policy import MOST_VERIFIED
 from qwencli.engine.spec_decode.verify import EagerVerifier, verify_sizes
+from qwencli.models.hub import dummy_config
+from qwencli.models.resolve import resolve_model
 from qwencli.models.shape_reader import read_shape
 from tests.engine.kernels.test_fused_ops import NARROW, model_of, prompt_of
 from tests.engine.kernels.test_hybrid_step import dummy, requests_of
@@ -161,3 +163,27 @@ def test_layers_with_experts_are_planned_for_every_number_of_rows() -> None:
     assert {"route_kernel", "experts_down_kernel", "sort_pairs_kernel"} <= set(names)
     tiles = {dict(each.arguments)["TOKENS"] for each in found if "grouped" in each.kernel}
     assert tiles == {16, 32, 64}, "few rows of an expert, and many"
+
+
+@pytest.mark.parametrize(
+    ("name", "head"), [("qwen3-vl-2b", 64), ("qwen3-vl-8b", 72), ("qwen2.5-vl-3b", 80)]
+)
+def test_attention_of_pictures_side_by_side_is_planned(name: str, head: int) -> None:
+    shape = read_shape(dummy_config(resolve_model(name, offline=True)))
+    found = plan_kernels(PlannedModel(shape, torch.bfloat16), Gpu((9, 0), 132))
+    flash = [dict(each.arguments) for each in found if each.kernel == "flash_attention_kernel"]
+    assert [each["D"] for each in flash if not each["CAUSAL"]] == [head]
+
+
+@pytest.mark.parametrize("mode", [mode for mode in Quantization if mode is not Quantization.NONE])
+def test_what_a_load_warms_up_with_is_planned_whatever_the_weights_are(mode: Quantization) -> None:
+    """Its weights are not quantized: what prompts and pictures launch then."""
+    shape = read_shape(dummy_config(resolve_model("qwen3-vl-2b", offline=True)))
+    plain = PlannedModel(shape, torch.bfloat16, speculate=Speculate.OFF)
+    gpu = Gpu((9, 0), 132)
+    found = set(plan_kernels(replace(plain, quantization=mode), gpu))
+    steps = ("decode_attention_kernel", "gemm_float16_kernel", "gemv_kernel")
+    others = (*steps, "quantize_activation_kernel")
+    wanted = {each for each in plan_kernels(plain, gpu) if each.kernel not in others}
+    assert {"swiglu_kernel", "flash_attention_kernel"} <= {each.kernel for each in wanted}
+    assert wanted <= found
