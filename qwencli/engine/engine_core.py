@@ -316,7 +316,7 @@ class EngineCore:
 
     def _prefill(self, chunks: tuple[PromptChunk, ...], clock: EventTimer, step: _Step) -> None:
         """Run prompts; where memory does not suffice, fewer of them, and one that does not fit
-        even alone fails. So does one of which the pass fails in another way."""
+        even alone, tried twice, fails. So does one of which the pass fails in another way."""
         active = [self._active[chunk.sequence.request] for chunk in chunks]
         start = clock.mark()
         for each in active:
@@ -348,10 +348,13 @@ class EngineCore:
         again = len(active) > 1
         if isinstance(failure, OutOfMemoryError):
             said = self._back_off(chunks)
-            again = said is not None
             if said is not None and not self._said_short:
                 active[0].answer.notes.append(said)
                 self._said_short = True
+            # What nothing can be cut of may have enough in what was given back: once more, alone.
+            once_more = said is None and not active[0].sequence.alone
+            active[0].sequence.alone |= once_more
+            again = said is not None or once_more
         elif again:
             for each in active:
                 each.sequence.alone = True

@@ -389,6 +389,23 @@ def test_a_prompt_that_does_not_fit_the_memory_fails_alone(limited, monkeypatch)
     assert pages_are_all_free(limited)
 
 
+def test_a_short_prompt_is_tried_once_more_with_what_was_given_back(limited, monkeypatch):
+    request = ask("Short", max_new_tokens=4)
+    expected = limited.generate(request).token_ids
+    running, tries = runner.ModelRunner.prefill, []
+
+    def short_once(self, chunks, prompts, clock):
+        tries.append(len(chunks))
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+        return running(self, chunks, prompts, clock)
+
+    monkeypatch.setattr(runner.ModelRunner, "prefill", short_once)
+    (result,) = generate_many(limited, [request])
+    assert result.token_ids == expected
+    assert tries == [1, 1]
+
+
 def test_failures_that_nobody_foresaw_are_those_of_one_request(limited, monkeypatch):
     good = ask("Well?", images=[picture()], max_new_tokens=4)
     expected = limited.generate(good).token_ids

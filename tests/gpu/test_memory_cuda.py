@@ -24,7 +24,6 @@ from qwencli.engine.client import generate_many
 from qwencli.engine.device_memory import release
 from qwencli.engine.graphs import GraphRunner
 from qwencli.engine.native.engine import NativeEngine
-from qwencli.errors import OutOfMemoryError
 from qwencli.messages import GenerationRequest, ImagePart, user_message
 from qwencli.models.memory import RUNTIME_BYTES
 from qwencli.models.resolve import resolve_model
@@ -144,9 +143,7 @@ def test_a_request_that_fails_leaves_the_others_their_graphs(quantization, monke
             return prefill(*arguments)
 
         monkeypatch.setattr(runner, "prefill", first_fails)
-        # What cannot be cut any further is one request's error.
-        failed = [isinstance(each, OutOfMemoryError) for each in generate_all()]
-        assert sum(failed) <= 1
-        assert next(calls) > 0, "it was called"
+        assert all(len(each.token_ids) == 24 for each in generate_all())
+        assert next(calls) > 1
         assert engine.generate(requests[0]).token_ids == lone
         assert all(len(each.token_ids) == 24 for each in generate_all())
