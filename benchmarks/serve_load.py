@@ -19,8 +19,8 @@ answers whose first token came within --ttft-s and whose mean time a token was w
 
 Rough: requests of which some are cut off by their client, read slowly, malformed or dropped before
 their body is complete. After each round nothing may run, no page be in use, and file handles,
-threads and memory be level; what is held is told on stderr. Prints one JSON object, and writes it
-to OUT/serve_load.json.
+threads and memory be level, in both processes; what is held is told on stderr. Prints one JSON
+object, and writes it to OUT/serve_load.json.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ from qwencli.engine.factory import create_engine
 from qwencli.messages import GenerationRequest, ImagePart, user_message
 from qwencli.models.resolve import resolve_model
 from qwencli.results import GenerationResult
-from qwencli.server.engine_thread import EngineThread
 from qwencli.server.settings import ServerSettings
 
 CHAT = "/v1/chat/completions"
@@ -227,16 +226,29 @@ def lone(engine: Any, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def held(thread: EngineThread) -> dict[str, Any]:
+def open_handles(process: psutil.Process) -> int:
+    return int(process.num_fds() if hasattr(process, "num_fds") else process.num_handles())
+
+
+def held(running: Served) -> dict[str, Any]:
+    """What the server holds: the engine's process, and `http_...` of the one that speaks HTTP."""
     gc.collect()
-    own = psutil.Process()
-    return {
+    thread, own = running.thread, psutil.Process()
+    found = {
         "unfinished": thread.num_unfinished,
         "kv_pages": thread.engine.kv_pages[0] if thread.engine.kv_pages else None,
-        "handles": own.num_fds() if hasattr(own, "num_fds") else own.num_handles(),
+        "handles": open_handles(own),
         "threads": threading.active_count(),
         "host_bytes": own.memory_info().rss,
     }
+    if running.http is not None:
+        other = psutil.Process(running.http.pid)
+        found |= {
+            "http_handles": open_handles(other),
+            "http_threads": other.num_threads(),
+            "http_host_bytes": other.memory_info().rss,
+        }
+    return found
 
 
 async def rough(address: str, options: argparse.Namespace, count: int) -> dict[str, Any]:
@@ -300,31 +312,31 @@ async def rough(address: str, options: argparse.Namespace, count: int) -> dict[s
     return dict(sorted(found.items()))
 
 
-def settled(thread: EngineThread) -> dict[str, Any]:
+def settled(running: Served) -> dict[str, Any]:
     until = time.monotonic() + 30
-    while thread.num_unfinished and time.monotonic() < until:
+    while running.thread.num_unfinished and time.monotonic() < until:
         time.sleep(0.05)
     time.sleep(0.5)  # connections end
-    return held(thread)
+    return held(running)
 
 
 def soaked(running: Served, options: argparse.Namespace) -> dict[str, Any]:
     """What rounds of a rough crowd were answered, and what is held before and after them."""
     asyncio.run(rough(running.address, options, options.rough // 4))
-    before = settled(running.thread)
+    before = settled(running)
     start = time.perf_counter()
     answers: Counter[str] = Counter()
     rounds: list[dict[str, Any]] = []
     while not rounds or time.perf_counter() - start < 60 * options.soak_minutes:
         answers += Counter(asyncio.run(rough(running.address, options, options.rough)))
-        rounds.append({"s": round(time.perf_counter() - start, 1), **settled(running.thread)})
+        rounds.append({"s": round(time.perf_counter() - start, 1), **settled(running)})
         print(json.dumps(rounds[-1]), file=sys.stderr, flush=True)
     return {
         "seconds": time.perf_counter() - start,
         "answers": dict(answers),
         "rounds": rounds,
         "before": before,
-        "after": settled(running.thread),
+        "after": settled(running),
     }
 
 

@@ -48,6 +48,27 @@ def test_help_and_version_import_nothing_heavy(arguments):
     assert done.stdout.splitlines()[-1] == "LOADED [] 0", done.stderr
 
 
+@pytest.mark.parametrize("arguments", [["--version"], ["caption", "missing.png"]])
+def test_python_looks_for_no_garbage_at_its_end(arguments) -> None:
+    done = python(
+        "import atexit, gc, sys\n"
+        "atexit.register(lambda: print('AT EXIT', gc.get_freeze_count() > 1000))\n"
+        f"sys.argv[1:] = {arguments!r}\n"
+        "from qwencli.cli import main\nmain()"
+    )
+    assert done.stdout.splitlines()[-1] == "AT EXIT True", done.stderr
+    assert (done.returncode == 0) == (arguments == ["--version"])
+
+
+def test_a_picture_is_opened_without_the_metadata_of_packages() -> None:
+    done = python(
+        "import sys\n"
+        "import qwencli.engine.frontend.videos, qwencli.models.hub\n"
+        "print([n for n in ('importlib.metadata', 'importlib.resources') if n in sys.modules])"
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 def _all_commands(command, path=()):
     yield path
     for name in command.list_commands(None) if hasattr(command, "list_commands") else ():

@@ -16,10 +16,10 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import qwencli
 from qwencli.config import LoadFormat, ModelSpec
 from qwencli.errors import DownloadError, ModelFileError
 from qwencli.models.config_values import read_json_object
@@ -291,7 +291,7 @@ BUNDLED_NAME = "scenes"
 
 def bundled_folder() -> Path:
     """Where the package keeps its own model."""
-    return Path(str(files("qwencli") / "bundled" / BUNDLED_NAME))
+    return Path(qwencli.__file__).parent / "bundled" / BUNDLED_NAME
 
 
 def locate(spec: ModelSpec, *, offline: bool = False, allow_pickle: bool = False) -> Path:

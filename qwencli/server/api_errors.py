@@ -75,6 +75,18 @@ class ApiError(Exception):
         return json_response(self.body, self.status, self.headers)
 
 
+class PictureError(InputError):
+    """A picture of a request that is none, damaged or too large.
+
+    Args:
+        place: where it stands in the request.
+    """
+
+    def __init__(self, message: str, hint: str, place: str) -> None:
+        super().__init__(message, hint)
+        self.place = place
+
+
 def body_error(error: ValidationError, data: bytes) -> ApiError:
     """What is wrong with a body, and where: as deep in it as is known.
 
@@ -140,7 +152,8 @@ def api_error(error: QwenCliError) -> ApiError:
     if error.hint and "--" not in error.hint:
         told += f" ({error.hint})"
     headers = {"retry-after": "1"} if status in (429, 503) else None
-    return ApiError(status, told, code=code, headers=headers)
+    place = error.place if isinstance(error, PictureError) else None
+    return ApiError(status, told, param=place, code=code, headers=headers)
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

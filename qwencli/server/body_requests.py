@@ -50,7 +50,7 @@ class AskedRequest:
         """Opens the pictures.
 
         Raises:
-            InputError: one that is none, or too large.
+            PictureError: one that is none, or too large.
         """
         found: list[Message] = []
         shown: list[ImagePart] = []

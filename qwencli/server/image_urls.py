@@ -24,7 +24,7 @@ from qwencli.engine.frontend.image_decoding import read_picture
 from qwencli.engine.frontend.images import to_rgb
 from qwencli.errors import InputError
 from qwencli.messages import ImagePart
-from qwencli.server.api_errors import ApiError
+from qwencli.server.api_errors import ApiError, PictureError
 from qwencli.server.background import BackgroundThreads
 
 MOST_BYTES = 32 << 20
@@ -85,7 +85,7 @@ def opened_picture(
         beside: what the same request shows already; memory is bounded for all of it together.
 
     Raises:
-        InputError: no picture, a damaged one, or one that is too large.
+        PictureError: no picture, a damaged one, or one that is too large.
     """
     held = sum(3 * part.image.width * part.image.height for part in beside)
 
@@ -98,7 +98,10 @@ def opened_picture(
             )
         return ImagePart(to_rgb(image, name, held), name)
 
-    return read_picture(data, read, place)
+    try:
+        return read_picture(data, read, place)
+    except InputError as error:
+        raise PictureError(error.message, error.hint, place) from error
 
 
 def fetched(url: str) -> bytes:

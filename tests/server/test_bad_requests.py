@@ -197,6 +197,20 @@ def test_the_place_of_what_is_wrong_is_the_bodys(client, content, place: str, sa
     assert said in error["message"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("data", [b"no picture", b"", bomb()], ids=["none", "empty", "large"])
+def test_the_place_of_a_bad_picture_is_told(client, data: bytes, stream: bool) -> None:
+    good = io.BytesIO()
+    Image.new("RGB", (56, 56)).save(good, "PNG")
+    parts = [
+        {"type": "image_url", "image_url": {"url": data_url(each)}}
+        for each in (good.getvalue(), data)
+    ]
+    body = asked(messages=[{"role": "user", "content": parts}], stream=stream)
+    error = told(client.post(CHAT, json=body), 400)
+    assert error["param"] == "messages.0.content.1.image_url.url"
+
+
 @pytest.mark.parametrize(
     ("wrong", "place", "said"),
     [

@@ -7,8 +7,10 @@ import base64
 import io
 import json
 import time
+from typing import Annotated, Literal
 
 import openai
+import pydantic
 import pytest
 from PIL import Image, ImageDraw
 
@@ -97,6 +99,22 @@ def test_an_answer_is_held_to_a_schema(client) -> None:
         messages=asking("What is it?", drawn()), response_format=held, **SETTINGS
     )
     assert set(json.loads(answer.choices[0].message.content)) == {"shape", "count"}
+
+
+class Shape(pydantic.BaseModel):
+    shape: Literal["circle", "square", "triangle"]
+    count: Annotated[int, pydantic.Field(ge=0, le=9)]
+
+
+def test_the_client_parses_answers_into_a_model_of_pydantic(client) -> None:
+    answer = client.chat.completions.parse(
+        messages=asking("What is it?", drawn()), response_format=Shape, **SETTINGS
+    )
+    assert isinstance(answer.choices[0].message.parsed, Shape)
+    response = client.responses.parse(
+        model="scenes", input="What is it?", text_format=Shape, temperature=0, max_output_tokens=24
+    )
+    assert isinstance(response.output_parsed, Shape)
 
 
 def test_logprobs(client) -> None:

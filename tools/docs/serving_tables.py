@@ -130,17 +130,22 @@ def warm_caption(files: Sequence[Path]) -> str:
 
 
 def serve_soak(files: Sequence[Path]) -> str:
-    """Of `benchmarks/serve_load.py --soak-minutes`: what is held after each round."""
+    """Of `benchmarks/serve_load.py --soak-minutes`: what is held after each round. Of the process
+    that speaks HTTP, where it is one of its own."""
     told = read(files[0])["rough"]
-    rows = [
-        [
-            f"{row['s']:.0f}" if "s" in row else "before",
-            *(str(row[key]) for key in ("unfinished", "kv_pages", "handles", "threads")),
-            f"{row['host_bytes'] / 1e6:.1f}",
-        ]
-        for row in (told["before"], *told["rounds"])
-    ]
     head = ["s", "requests that run", "KV pages in use", "file handles", "threads", "memory, MB"]
+    kinds = [""]
+    if "http_host_bytes" in told["before"]:
+        kinds.append("http_")
+        head += [f"HTTP: {each}" for each in head[3:]]
+    rows = []
+    for row in (told["before"], *told["rounds"]):
+        cells = [f"{row['s']:.0f}" if "s" in row else "before"]
+        cells += [str(row[key]) for key in ("unfinished", "kv_pages")]
+        for kind in kinds:
+            cells += [str(row[f"{kind}handles"]), str(row[f"{kind}threads"])]
+            cells.append(f"{row[f'{kind}host_bytes'] / 1e6:.1f}")
+        rows.append(cells)
     return markdown(head, rows)
 
 

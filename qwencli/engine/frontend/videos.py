@@ -31,7 +31,6 @@ from qwencli.engine.frontend.media_files import (
     read_error,
     video_kind,
 )
-from qwencli.engine.machine.packages import require
 from qwencli.errors import InputError, OutOfMemoryError
 from qwencli.messages import ImagePart, VideoPart, VisualPart
 
@@ -327,6 +326,9 @@ def _check_work(name: str, size: tuple[int, int], total: int) -> None:
 def _from_video_file(
     file: BinaryIO, name: str, kind: str, wanted: int | None, held_bytes: int
 ) -> VideoPart:
+    # Here and not above: a picture needs none, and Python's metadata of packages takes 15 ms.
+    from qwencli.engine.machine.packages import require
+
     require(
         "av",
         f"{name} is a video file",
