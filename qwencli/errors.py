@@ -110,6 +110,10 @@ class EngineError(QwenCliError):
     pass
 
 
+class LoadStoppedError(EngineError):
+    """Whoever waited for the load does so no more."""
+
+
 class RequestError(EngineError):
     """The error itself is its `__cause__`; other requests go on."""
 

@@ -92,7 +92,7 @@ def serve(
     http = HttpProcess(opened, settings, sink.warn)
     try:
         with sink.status(f"loading {spec.name}", reading_speed(engine)):
-            thread.start()
+            thread.start(http.check)
         for warning in engine.load_warnings:
             sink.warn(warning)
         serving = f"serving {spec.name} at {address} (API: {address}/v1)"

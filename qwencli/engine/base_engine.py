@@ -144,6 +144,9 @@ class BaseEngine(ManyRequests, ABC):
     def weights_read(self) -> tuple[int, int]:
         return self._bytes_read.done, self._bytes_read.total
 
+    def stop_load(self) -> None:
+        self._bytes_read.stop()
+
     @property
     def load_warnings(self) -> tuple[str, ...]:
         """What did not go well while loading, though the model is there; a line each."""

@@ -10,7 +10,7 @@ from typing import Protocol, Self
 
 from qwencli.config import EngineConfig
 from qwencli.engine.request import RequestId, RequestSource, StepOutput, request_of
-from qwencli.errors import QwenCliError, RequestError
+from qwencli.errors import LoadStoppedError, QwenCliError, RequestError
 from qwencli.messages import GenerationRequest
 from qwencli.results import EffectiveConfig, GenerationChunk, GenerationResult
 
@@ -19,7 +19,8 @@ WAIT_S = 0.2
 
 
 class BytesRead:
-    """How much of a model's weights has been read; other threads may look, at any time.
+    """How much of a model's weights has been read; other threads may look, or `stop` the reading,
+    at any time.
 
     Args:
         total: 0 = it is not known yet.
@@ -27,11 +28,18 @@ class BytesRead:
 
     def __init__(self) -> None:
         self.total = self.done = 0
-        self._lock = threading.Lock()
+        self._lock, self._stopped = threading.Lock(), False
 
     def add(self, count: int) -> None:
+        """Raises LoadStoppedError once the reading is to end."""
         with self._lock:
             self.done += count
+            if self._stopped:
+                raise LoadStoppedError("the load was stopped")
+
+    def stop(self) -> None:
+        """End this reading, and any that begins later."""
+        self._stopped = True
 
     def begin(self, total: int) -> None:
         with self._lock:
@@ -83,7 +91,8 @@ class Engine(EngineFacts, RequestQueue, Protocol):
     the host; after `close`, `load` may be called again. `weights_read` is (bytes read, all bytes)
     of the load that runs or ran last, and may be looked at from other threads; (0, 0) where that is
     not known. Abandoning or closing the iterator of `stream` cancels the request; the engine stays
-    usable.
+    usable. `stop_load` ends a load that another thread waits for, as soon as it reads weights; it
+    raises LoadStoppedError there, and so does a later one.
 
     Many requests at once: `add` takes one, `step` runs a step of those that run and returns what
     it gave, until `has_unfinished` is False; `client.generate_many` does that. `add` refuses
@@ -112,6 +121,8 @@ class Engine(EngineFacts, RequestQueue, Protocol):
     def weights_read(self) -> tuple[int, int]: ...
 
     def load(self) -> None: ...
+
+    def stop_load(self) -> None: ...
 
     def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]: ...
 
@@ -247,6 +258,9 @@ class ManyRequests(ABC):
     def abort(self, request: RequestId) -> None:
         if self._queue is not None:  # else there is none, and no model to load for it
             self._queue.abort(request)
+
+    def stop_load(self) -> None:
+        return  # an engine that reads no weights here
 
     def drop_queue(self) -> None:
         self._close_queue()

@@ -38,6 +38,10 @@ class _Place(NamedTuple):
     number: RequestId
 
 
+# Between two looks at what a load is for.
+WATCH_S = 0.5
+
+
 class EngineThread:
     """Loads an engine in a thread of its own and answers requests there until closed.
 
@@ -75,20 +79,26 @@ class EngineThread:
         self._queues: tuple[RequestQueue, RequestQueue]
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    def start(self) -> None:
+    def start(self, watch: Callable[[], object] = lambda: None) -> None:
         """Load the engine.
+
+        Args:
+            watch: called every now and then meanwhile; what it raises ends the waiting.
 
         Raises:
             QwenCliError: as `Engine.load` does.
         """
         self._thread.start()
-        self._loaded.wait()
+        while not self._loaded.wait(WATCH_S):
+            watch()
         if self.failure is not None:
             self._thread.join()
             raise self.failure
 
     def close(self) -> None:
-        """End what runs, and free the engine."""
+        """End what runs, a load too, and free the engine."""
+        if not self._loaded.is_set():
+            self.engine.stop_load()
         with self._ordered:
             self._closing = True
             self._ordered.notify()

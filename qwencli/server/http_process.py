@@ -83,6 +83,10 @@ class HttpProcess:
         """Until the process has ended. Raises as `serve`."""
         while self._process.is_alive():
             self._process.join(_LOOK_S)
+        self.check()
+
+    def check(self) -> None:
+        """Raises EngineError where the process has ended by itself."""
         if self._process.exitcode:
             raise EngineError(
                 f"the process that speaks HTTP has ended with {self._process.exitcode}",

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from qwencli.engine.request import StepOutput
-from qwencli.errors import EngineError, ModelFileError
+from qwencli.errors import EngineError, LoadStoppedError, ModelFileError
 from qwencli.messages import GenerationRequest, text_message
 from qwencli.results import GenerationChunk
 from qwencli.server import engine_thread
@@ -78,6 +78,29 @@ def test_an_engine_that_does_not_load_is_told_by_start() -> None:
 
     with pytest.raises(ModelFileError, match="no weights"):
         EngineThread(Broken(SimpleNamespace(batch_invariant=False))).start()
+
+
+def test_a_load_that_nobody_waits_for_any_more_is_stopped() -> None:
+    class Slow(FakeEngine):
+        stopped = threading.Event()
+
+        def load(self) -> None:
+            assert self.stopped.wait(60)
+            raise LoadStoppedError("the load was stopped")
+
+        def stop_load(self) -> None:
+            self.stopped.set()
+
+    def gone() -> None:
+        raise EngineError("what speaks HTTP has ended")
+
+    engine = Slow(SimpleNamespace(batch_invariant=False))
+    thread = EngineThread(engine)
+    begun = time.monotonic()
+    with pytest.raises(EngineError, match="has ended"):
+        thread.start(gone)
+    thread.close()
+    assert engine.stopped.is_set() and time.monotonic() - begun < 20
 
 
 def test_closing_tells_those_that_wait() -> None:

@@ -95,6 +95,9 @@ class EngineWrapper(ManyRequests):
     def load_warnings(self) -> tuple[str, ...]:
         return self._engine.load_warnings
 
+    def stop_load(self) -> None:
+        self._engine.stop_load()
+
     @property
     def weights_read(self) -> tuple[int, int]:
         return self._engine.weights_read

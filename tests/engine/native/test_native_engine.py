@@ -8,7 +8,9 @@ import itertools
 import shutil
 import sys
 import threading
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,16 @@ from qwencli.config import Attention, Cache, DType, EngineName, SamplingOptions
 from qwencli.engine.cpu.attention import NumpyAttention
 from qwencli.engine.frontend.model_files import FoundModel
 from qwencli.engine.hf.engine import TransformersEngine
-from qwencli.engine.loading import weights
+from qwencli.engine.loading import reader, weights
 from qwencli.engine.machine.python_runtime import PASS_TURN_S
 from qwencli.engine.native.engine import NativeEngine
-from qwencli.errors import InputError, ModelFileError, OutOfMemoryError, UnsupportedModeError
+from qwencli.errors import (
+    InputError,
+    LoadStoppedError,
+    ModelFileError,
+    OutOfMemoryError,
+    UnsupportedModeError,
+)
 from qwencli.messages import GenerationRequest, text_message, user_message
 from tests.checkpoints import CONFIGS, VISION_FAMILIES, engine_config, film, picture
 
@@ -239,6 +247,27 @@ def test_a_tokenizer_that_cannot_be_read_ends_the_reading_of_weights(checkpoint,
     with pytest.raises(ModelFileError, match="tokenizer"):
         NativeEngine(native_config(folder)).load()
     assert not [each for each in threading.enumerate() if each.name.startswith("reader")]
+
+
+def test_a_load_is_stopped_while_it_reads(checkpoint, monkeypatch):
+    engine = NativeEngine(native_config(checkpoint("qwen3")))
+    reading, fill = threading.Event(), reader._fill
+
+    def slow(*given):
+        reading.set()
+        time.sleep(0.05)
+        fill(*given)
+
+    monkeypatch.setattr(reader, "_fill", slow)
+    with ThreadPoolExecutor(1) as pool:
+        load = pool.submit(engine.load)
+        assert reading.wait(60)
+        engine.stop_load()
+        with pytest.raises(LoadStoppedError):
+            load.result(60)
+    done, total = engine.weights_read
+    assert done < total
+    engine.close()
 
 
 def test_another_picture_of_the_same_size_is_not_mistaken(engine):
