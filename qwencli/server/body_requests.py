@@ -89,7 +89,8 @@ class BodyRequests:
             # Compiling a large one takes time.
             schema = await self._schemas.run(read_schema, schema, "response_format")
         begun = body.begun
-        messages = await self._messages(body.messages[:-1] if begun else body.messages)
+        asked = body.messages[:-1] if begun else body.messages
+        messages = await self._messages(asked, body.place_or("messages"))
         about = {
             "sampling": sampling,
             "ignore_eos": bool(body.ignore_eos),
@@ -137,14 +138,16 @@ class BodyRequests:
                 param="max_tokens",
             )
 
-    async def _messages(self, messages: Sequence[ChatMessage]) -> tuple[AskedMessage, ...]:
-        """The conversation; pictures are here, but not decoded yet."""
+    async def _messages(
+        self, messages: Sequence[ChatMessage], where: str
+    ) -> tuple[AskedMessage, ...]:
+        """The conversation, which stands at `where`; pictures are here, but not decoded yet."""
         settings = self._settings
         if len(messages) > settings.max_messages:
             raise ApiError(
                 400,
                 f"{len(messages)} messages are more than the {settings.max_messages} of a request",
-                param="messages",
+                param=where,
             )
         pictures = sum(
             not isinstance(part, TextContent)
@@ -156,7 +159,7 @@ class BodyRequests:
             raise ApiError(
                 400,
                 f"{pictures} pictures are more than the {settings.max_images} of a request",
-                param="messages",
+                param=where,
             )
         made: list[AskedMessage] = []
         for number, message in enumerate(messages):
@@ -168,9 +171,10 @@ class BodyRequests:
                 elif isinstance(part, TextContent):
                     parts.append(part.text)
                 else:
-                    place = f"messages.{number}.content.{index}.image_url.url"
+                    usual = f"{where}.{number}.content.{index}.image_url.url"
+                    place = part.image_url.place_or(usual)
                     data = await picture_bytes(part.image_url.url, place, self._fetches)
                     parts.append((data, place))
             role: Role = "system" if message.role == "developer" else message.role
-            made.append(AskedMessage(role, tuple(parts), message.called(f"messages.{number}")))
+            made.append(AskedMessage(role, tuple(parts), message.called(f"{where}.{number}")))
         return tuple(made)

@@ -6,9 +6,9 @@ import json
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from qwencli.config import SamplingOptions
 from qwencli.messages import ToolCall
@@ -40,12 +40,25 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
+class Placed(Body):
+    """Knows its place in what the client sent, where that is no body of chat completions."""
+
+    _place: str = PrivateAttr("")
+
+    def at(self, place: str) -> Self:
+        self._place = place
+        return self
+
+    def place_or(self, usual: str) -> str:
+        return self._place or usual
+
+
 class TextContent(Body):
     type: Literal["text"]
     text: str
 
 
-class ImageUrl(Body):
+class ImageUrl(Placed):
     url: str
     detail: Literal["auto", "low", "high"] | None = None
 
@@ -58,7 +71,7 @@ class ImageContent(Body):
 Content = Annotated[TextContent | ImageContent, Field(discriminator="type")]
 
 
-class CalledFunction(Body):
+class CalledFunction(Placed):
     name: str
     arguments: str
 
@@ -78,7 +91,7 @@ class ChatMessage(Body):
         """Raises ApiError for arguments that are no JSON object."""
         calls = [call.function for call in self.tool_calls or ()]
         for number, call in enumerate(calls):
-            where = f"{place}.tool_calls.{number}.function.arguments"
+            where = call.place_or(f"{place}.tool_calls.{number}.function.arguments")
             arguments = _json(call.arguments)
             if not isinstance(arguments, dict):
                 raise ApiError(400, f"{where}: is not a JSON object", param=where)
@@ -132,7 +145,7 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-class ChatBody(Body):
+class ChatBody(Placed):
     """What may be asked. top_k, min_p, repetition_penalty and ignore_eos are vLLM's too, and so is
     thinking_token_budget, which Qwen's own servers call thinking_budget and llama.cpp
     thinking_budget_tokens."""

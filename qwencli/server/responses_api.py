@@ -155,8 +155,8 @@ class ResponsesBody(Body):
             if isinstance(self.input, str)
             else self.input
         )
-        for item in items:
-            _add(messages, item)
+        for number, item in enumerate(items):
+            _add(messages, item, f"input.{number}")
         if not messages:
             raise ApiError(400, "input: there is no message", param="input")
         tools = [
@@ -184,7 +184,7 @@ class ResponsesBody(Body):
             tool_choice=self.tool_choice,
             reasoning_effort=self.reasoning.effort if self.reasoning else None,
             thinking_token_budget=self.thinking_token_budget,
-        )
+        ).at("input")
 
     def _format(self) -> TextFormat | JsonObjectFormat | JsonSchemaFormat | None:
         wanted = self.text.format if self.text else None
@@ -194,7 +194,7 @@ class ResponsesBody(Body):
         return wanted
 
 
-def _add(messages: list[ChatMessage], item: Item) -> None:
+def _add(messages: list[ChatMessage], item: Item, place: str) -> None:
     if isinstance(item, InputMessage):
         content: str | list[TextContent | ImageContent]
         if isinstance(item.content, str):
@@ -203,14 +203,18 @@ def _add(messages: list[ChatMessage], item: Item) -> None:
             content = [
                 TextContent(type="text", text=part.text)
                 if isinstance(part, InputText)
-                else ImageContent(type="image_url", image_url=ImageUrl(url=part.image_url))
-                for part in item.content
+                else ImageContent(
+                    type="image_url",
+                    image_url=ImageUrl(url=part.image_url).at(f"{place}.content.{index}.image_url"),
+                )
+                for index, part in enumerate(item.content)
             ]
         messages.append(ChatMessage(role=item.role, content=content))
     elif isinstance(item, FunctionOutput):
         messages.append(ChatMessage(role="tool", content=item.output))
     elif isinstance(item, FunctionCall):
-        call = CalledTool(function=CalledFunction(name=item.name, arguments=item.arguments))
+        function = CalledFunction(name=item.name, arguments=item.arguments)
+        call = CalledTool(function=function.at(f"{place}.arguments"))
         last = messages[-1] if messages else None
         if last is not None and last.role == "assistant":
             # Calls of one answer stand in one message.

@@ -212,6 +212,39 @@ def test_the_place_of_a_bad_picture_is_told(client, data: bytes, stream: bool) -
 
 
 @pytest.mark.parametrize(
+    ("items", "place"),
+    [
+        (
+            [
+                {"role": "user", "content": "Hi"},
+                {"role": "user", "content": [{"type": "input_image", "image_url": url}]},
+            ],
+            "input.1.content.0.image_url",
+        )
+        for url in (data_url(b"no picture"), "data:image/png;base64,?", "file:///a.png")
+    ]
+    + [
+        (
+            [
+                {"type": "function_call", "name": "f", "arguments": "{}"},
+                {"type": "function_call", "name": "f", "arguments": "5"},
+                {"role": "user", "content": "Hi"},
+            ],
+            "input.1.arguments",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "input_image", "image_url": "data:,"}] * 1000}],
+            "input",
+        ),
+    ],
+    ids=["no picture", "no base64", "no data URL", "no arguments", "too many"],
+)
+def test_the_place_of_what_is_wrong_in_a_response_is_its_bodys(client, items, place: str) -> None:
+    error = told(client.post("/v1/responses", json={"input": items, "instructions": "Brief."}), 400)
+    assert error["param"] == place
+
+
+@pytest.mark.parametrize(
     ("wrong", "place", "said"),
     [
         ({"input": [{"type": "robot"}]}, "input.0", "an item is of type message"),
