@@ -116,10 +116,22 @@ class Terminal:
         return bool(read)
 
 
+# While the file is there an answer takes long enough to be seen and stopped, on any machine.
+SLOW_ON_DEMAND = """
+import time
+from qwencli.cli import main
+from qwencli.engine.frontend.detokenizer import IncrementalDetokenizer as Pieces
+
+push = Pieces.push
+Pieces.push = lambda text, ids: (time.sleep(0.1 * os.path.exists("slow")), push(text, ids))[1]
+main()
+"""
+
+
 def test_a_conversation_at_a_terminal(tmp_path):
     """One process for all of it: to load the model takes longer than all that is looked at."""
     shutil.copy(EXAMPLE, tmp_path / "my picture.png")
-    code = f"import os, sys; os.chdir({str(tmp_path)!r}); from qwencli.cli import main; main()"
+    code = f"import os; os.chdir({str(tmp_path)!r})\n{SLOW_ON_DEMAND}"
     settings = ["--model", "scenes", "--device", "cpu", "--greedy", "--max-new-tokens", "60"]
     terminal = Terminal(["-c", code, "chat", *settings], XDG_DATA_HOME=str(tmp_path / "data"))
     try:
@@ -205,10 +217,12 @@ def _turns_again(terminal, folder):
     # Ctrl-C stops an answer; what came is kept.
     terminal.press("/set max_new_tokens=5000\r/set temperature=2\r")
     terminal.until("max_new_tokens=5000", "temperature=2,")
+    (folder / "slow").touch()
     terminal.press("Write much.\r")
     terminal.until(" tokens · ")
     terminal.press(b"\x03")
     terminal.until("stopped; what came is kept")
+    (folder / "slow").unlink()
     terminal.press("/undo\r")
     terminal.at_prompt("forgotten: Write much.")
     terminal.press(b"\x03")
