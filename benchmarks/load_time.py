@@ -36,8 +36,8 @@ def write_folder(folder: Path, model: str, device: str) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from qwencli.models.hub import bundled_folder, dummy_config
-    from qwencli.models.resolve import resolve_model
+    from qwencli.models.builtin import bundled_folder
+    from qwencli.models.resolve import dummy_config, resolve_model
     from qwencli.models.shape_reader import read_shape
     from qwencli.models.tensors import specs
 

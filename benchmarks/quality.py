@@ -44,8 +44,8 @@ from qwencli.engine.ops.decoder_ops import Matrix
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor
 from qwencli.engine.response import ResponseBuilder
 from qwencli.messages import GenerationRequest, ImagePart, SamplingOptions, user_message
+from qwencli.models.builtin import bundled_folder
 from qwencli.models.folder import read_config
-from qwencli.models.hub import bundled_folder
 from qwencli.models.quant_formats import packed_format
 from qwencli.models.resolve import resolve_model
 from qwencli.models.shape_reader import read_shape

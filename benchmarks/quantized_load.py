@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from qwencli.config import Kernels, Quantization
 from qwencli.engine.loading import weights
 from qwencli.engine.native.supported import quantizer_for
+from qwencli.models.builtin import bundled_folder
 from qwencli.models.folder import read_config
-from qwencli.models.hub import bundled_folder
 from qwencli.models.resolve import resolve_model
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape

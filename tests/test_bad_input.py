@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from qwencli.cli import run
-from qwencli.models.hub import bundled_folder
+from qwencli.models.builtin import bundled_folder
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 GOOD = str(EXAMPLES / "scene.png")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qwencli.cli import run
+from qwencli.models.builtin import bundled_folder
 from qwencli.models.folder import check_folder
-from qwencli.models.hub import bundled_folder
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 EXPECTED = json.loads((EXAMPLES / "expected.json").read_text(encoding="utf-8"))

@@ -16,7 +16,7 @@ from qwencli.commands.chat_settings import with_setting
 from qwencli.config import SamplingOptions
 from qwencli.engine.resolve import device_without_torch
 from qwencli.errors import DeviceError, UsageError
-from qwencli.models.hub import bundled_folder
+from qwencli.models.builtin import bundled_folder
 from qwencli.typed_values import parse_max_pixels, parse_seq_len
 
 HEAVY = (
@@ -242,12 +242,12 @@ def test_what_can_be_told_without_torch_is_told_before_torch_is_imported(tmp_pat
     ],
 )
 def test_the_device_that_is_known_without_torch(monkeypatch, version, device, known):
-    monkeypatch.setattr("qwencli.engine.resolve.package_version", lambda name: version)
+    monkeypatch.setattr("qwencli.engine.machine.packages.package_version", lambda name: version)
     assert device_without_torch(device) == known
 
 
 def test_a_build_without_cuda_refuses_it_without_being_imported(monkeypatch):
-    monkeypatch.setattr("qwencli.engine.resolve.package_version", lambda name: "2.9.0+cpu")
+    monkeypatch.setattr("qwencli.engine.machine.packages.package_version", lambda name: "2.9.0+cpu")
     with pytest.raises(DeviceError, match="CPU-only"):
         device_without_torch("cuda")
 

@@ -249,7 +249,7 @@ def create(key: EngineKey, keep_s: float) -> Engine:
 def _fetch(config: EngineConfig) -> None:
     model = config.model
     if model.path is None and config.load_format is LoadFormat.AUTO:
-        from qwencli.models.hub import locate
+        from qwencli.models.resolve import locate
 
         log.info("qwencli: downloading %s (kept in the Hugging Face cache)", model.repo_id)
         locate(model, offline=config.offline, allow_pickle=config.allow_pickle)

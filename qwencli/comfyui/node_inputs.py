@@ -30,8 +30,7 @@ from qwencli.config import (
 )
 from qwencli.engine.machine.device import why_no_graphs
 from qwencli.errors import QwenCliError, UsageError
-from qwencli.messages import Message, VisualPart, text_message
-from qwencli.presets import prompt_text
+from qwencli.messages import Message, VisualPart, prompt_text, text_message
 
 Values = Mapping[str, Any]
 Mode = TypeVar("Mode", bound=StrEnum)

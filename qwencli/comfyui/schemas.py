@@ -28,7 +28,7 @@ from qwencli.config import (
     SamplingParams,
 )
 from qwencli.errors import QwenCliError
-from qwencli.presets import PRESETS
+from qwencli.messages import PRESETS
 
 CATEGORY = "qwencli"
 # Of `model`: the user's default, else the best one that is on this machine.
@@ -440,8 +440,7 @@ def fold_seed(seed: int) -> int:
 def models() -> tuple[str, ...]:
     """The values of `model` on this machine: entries of custom_models.json first, if it can be
     read, then the bundled model and the built-ins."""
-    from qwencli.models.builtin import BUILTINS
-    from qwencli.models.hub import BUNDLED_NAME
+    from qwencli.models.builtin import BUILTINS, BUNDLED_NAME
     from qwencli.models.resolve import SearchPaths
 
     try:

@@ -28,8 +28,8 @@ from qwencli.comfyui.schemas import (
     models,
 )
 from qwencli.config import SAMPLING_BOUNDS
+from qwencli.messages import PRESETS
 from qwencli.models.builtin import find_builtin
-from qwencli.presets import PRESETS
 
 _SEED = "seed"
 # "Qwen3VL-4B-Instruct-Q4_K_M.gguf": the model, and the bits of its weights unless they are floats.

@@ -19,8 +19,8 @@ from qwencli.commands.options import (
 )
 from qwencli.commands.profiling import Profile, profiled
 from qwencli.errors import UsageError
+from qwencli.messages import PRESETS, prompt_text
 from qwencli.output import Output
-from qwencli.presets import PRESETS, prompt_text
 
 
 @with_run_options

@@ -291,7 +291,7 @@ def build_caption_config(
     from qwencli.dataset.languages import LANGUAGES
     from qwencli.dataset.prompting import Template, asks_for, prompt_set
     from qwencli.engine.constrained import SchemaCheck
-    from qwencli.presets import DEFAULT_PROMPT
+    from qwencli.messages import DEFAULT_PROMPT
 
     if options.language is not None and options.language.lower() not in LANGUAGES:
         raise UsageError(

@@ -253,7 +253,7 @@ def fetch_model(config: EngineConfig, *, thinking: bool = False) -> None:
     if config.model.source is ModelSource.REMOTE:
         return
     if config.model.path is None and config.load_format is LoadFormat.AUTO:
-        from qwencli.models.hub import locate
+        from qwencli.models.resolve import locate
 
         locate(config.model, offline=config.offline, allow_pickle=config.allow_pickle)
     if thinking:

@@ -136,7 +136,7 @@ def adapt_to_model(engine: Engine, processor: CaptionProcessor) -> WorkerReady:
     has_files = config.load_format is LoadFormat.AUTO and config.engine is not EngineName.REMOTE
     if processor.config.format.max_tokens is not None and has_files:
         from qwencli.engine.frontend.tokenizer import Tokenizer
-        from qwencli.models.hub import locate
+        from qwencli.models.resolve import locate
 
         folder = locate(config.model, offline=True, allow_pickle=config.allow_pickle)
         tokenizer = Tokenizer.from_folder(folder)

@@ -24,7 +24,7 @@ from typing import Any
 from qwencli.dataset.hints import HINT_FIELDS, NAME, PATH_FIELDS
 from qwencli.dataset.sources import CAPTION
 from qwencli.errors import InputError, UsageError
-from qwencli.presets import PRESETS, check_prompt
+from qwencli.messages import PRESETS, check_prompt
 
 MAX_PROMPT_FILE_BYTES = 4 << 20
 

@@ -29,7 +29,7 @@ def default_engine(config: EngineConfig) -> EngineName:
     """
     from qwencli.models.families import FAMILIES
     from qwencli.models.folder import read_config
-    from qwencli.models.hub import locate
+    from qwencli.models.resolve import locate
 
     hub_config = config.model.hub_config
     if hub_config is None and config.load_format is LoadFormat.AUTO:
@@ -91,8 +91,9 @@ def check_thoughts(config: EngineConfig) -> None:
     from qwencli.engine.frontend.chat_template import ChatTemplate
     from qwencli.engine.frontend.processor_config import VISION_FAMILIES
     from qwencli.engine.frontend.prompt import can_think
+    from qwencli.models.builtin import bundled_folder
     from qwencli.models.folder import read_config
-    from qwencli.models.hub import bundled_folder, dummy_config, locate
+    from qwencli.models.resolve import dummy_config, locate
 
     model = config.model
     if config.load_format is LoadFormat.DUMMY:

@@ -19,7 +19,6 @@ from qwencli.capabilities import (
 )
 from qwencli.config import Attention, DType, EngineConfig, EngineName, check_device_name
 from qwencli.engine.machine.host import has_code
-from qwencli.engine.machine.packages import package_version
 from qwencli.errors import (
     DeviceError,
     MissingDependencyError,
@@ -62,6 +61,8 @@ def device_without_torch(device: str) -> str | None:
     check_device_name(device)
     if device in ("cpu", "mps"):  # whether this is a Mac makes no difference to the modes
         return device
+    from qwencli.engine.machine.packages import package_version
+
     # How PyTorch marks its wheels that have no CUDA and no ROCm; there are none for Macs.
     if not (package_version("torch") or "").endswith("+cpu"):
         return None

@@ -1,4 +1,4 @@
-"""Built-in models: alias -> hub id and a config.json with the model's true shapes.
+"""The bundled model; and built-in ones: alias -> hub id and a config.json with true shapes.
 
 `hub_config` is what makes `--load-format dummy` possible: a model of the right size from
 nothing but this table.
@@ -27,10 +27,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import qwencli
 from qwencli.config import ModelSource, ModelSpec
 from qwencli.models.families import FAMILIES, VisionFamily
+
+BUNDLED_NAME = "scenes"
+
+
+def bundled_folder() -> Path:
+    """Where the package keeps its own model."""
+    return Path(qwencli.__file__).parent / "bundled" / BUNDLED_NAME
 
 
 class Experts(NamedTuple):

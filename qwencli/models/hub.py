@@ -1,4 +1,4 @@
-"""Finds a model's folder: in the hub's cache on this machine, or downloaded into it.
+"""Models of the hub: in its cache on this machine, or downloaded into it.
 
 Layout of the cache (huggingface_hub's "Manage your cache" guide): `models--OWNER--NAME/refs/main`
 names a commit, `snapshots/COMMIT/` holds its files; a file appears there only once it is whole.
@@ -14,16 +14,14 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import qwencli
-from qwencli.config import LoadFormat, ModelSpec
 from qwencli.errors import DownloadError, ModelFileError
 from qwencli.models.config_values import read_json_object
-from qwencli.models.folder import check_folder, is_complete, read_config
+from qwencli.models.folder import check_folder, is_complete
 
 _PREFIX = "models--"
 # Lies in a repository's folder from the start of our download to its end; see `download`.
@@ -284,61 +282,3 @@ def _explained(repo_id: str, error: Exception) -> DownloadError:
         f"{repo_id}: the hub cannot be reached ({reason})",
         f"check the network, then {_LATER}; without one use --model scenes or a local folder",
     )
-
-
-BUNDLED_NAME = "scenes"
-
-
-def bundled_folder() -> Path:
-    """Where the package keeps its own model."""
-    return Path(qwencli.__file__).parent / "bundled" / BUNDLED_NAME
-
-
-def locate(spec: ModelSpec, *, offline: bool = False, allow_pickle: bool = False) -> Path:
-    """The local folder with the model's files; `folder.check_folder` says whether they are good.
-
-    Raises:
-        ModelFileError: the folder the spec names is not there or has no config.json.
-        DownloadError: not on this machine, and the reason it cannot be fetched.
-    """
-    if spec.path is not None:
-        read_config(spec.path)
-        return spec.path
-    assert spec.repo_id is not None, "a spec without a folder names a repository"
-    cached = find_cached(spec.repo_id, allow_pickle=allow_pickle)
-    return cached or download(spec.repo_id, offline=offline, allow_pickle=allow_pickle)
-
-
-def dummy_config(spec: ModelSpec) -> Mapping[str, Any]:
-    """The config.json of a model that is to have random weights.
-
-    Raises:
-        ModelFileError: its shape is not known here.
-    """
-    if spec.hub_config is None:
-        raise ModelFileError(
-            f"--load-format dummy: the shape of {spec.name} is not known here",
-            "name a built-in model (see: qwencli models) or a folder with its config.json",
-        )
-    return spec.hub_config
-
-
-def check_model(spec: ModelSpec, load_format: LoadFormat) -> Mapping[str, bool]:
-    """Raise where no engine could load the model, as far as files on this machine tell; returns its
-    `traits` and whether it is `PREQUANTIZED`, nothing of a model that is yet to be downloaded.
-
-    Raises:
-        ModelFileError: as when an engine opens it.
-    """
-    from qwencli.capabilities import PREQUANTIZED
-    from qwencli.models.quant_formats import quantization_section
-    from qwencli.models.shape_reader import read_shape
-
-    if load_format is LoadFormat.DUMMY:
-        return read_shape(dummy_config(spec), spec.name).text.traits
-    folder = spec.path or (find_cached(spec.repo_id) if spec.repo_id else None)
-    if folder is None:
-        return {}
-    config = check_folder(folder)
-    prequantized = quantization_section(config) is not None
-    return {**read_shape(config).text.traits, PREQUANTIZED: prequantized}

@@ -1,4 +1,4 @@
-"""Turns a name, or no name, into the model to run.
+"""Turns a name, or no name, into the model to run, and that into a folder with its files.
 
 A name is, in this order: an entry of custom_models.json (the user wrote it on purpose, so it may
 even replace a built-in), "scenes", a built-in's alias or hub id in any case, a local folder, or
@@ -13,15 +13,23 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from qwencli.config import ModelSource, ModelSpec, Quantization
+from qwencli.capabilities import PREQUANTIZED
+from qwencli.config import LoadFormat, ModelSource, ModelSpec, Quantization
 from qwencli.errors import DownloadError, ModelFileError, ModelNotFoundError
-from qwencli.models.builtin import BUILTINS, ENTRIES, builtin_spec, find_builtin
+from qwencli.models.builtin import (
+    BUILTINS,
+    BUNDLED_NAME,
+    ENTRIES,
+    builtin_spec,
+    bundled_folder,
+    find_builtin,
+)
 from qwencli.models.config_values import shortened
 from qwencli.models.custom import HUB_ID, CustomModels, as_folder, load_custom_models
 from qwencli.models.families import FAMILIES
-from qwencli.models.folder import read_config
-from qwencli.models.hub import BUNDLED_NAME, bundled_folder, find_cached
+from qwencli.models.folder import check_folder, read_config
 from qwencli.models.user_config import CONFIG_FILE, configured_model, user_config_folder
 
 ENVIRONMENT_KEY = "QWENCLI_MODEL"
@@ -156,10 +164,69 @@ def bundled_spec(search_paths: SearchPaths) -> ModelSpec:
 
 def with_local_files(spec: ModelSpec) -> ModelSpec:
     """The spec with `path` and `hub_config` filled from this machine, as far as they are here."""
-    path = spec.path or (find_cached(spec.repo_id) if spec.repo_id else None)
-    if path is None:
-        return spec
-    return replace(spec, path=path, hub_config=read_config(path))
+    path = spec.path or _cached(spec)
+    return spec if path is None else replace(spec, path=path, hub_config=read_config(path))
+
+
+def _cached(spec: ModelSpec, *, allow_pickle: bool = False) -> Path | None:
+    if spec.repo_id is None:
+        return None
+    from qwencli.models.hub import find_cached
+
+    return find_cached(spec.repo_id, allow_pickle=allow_pickle)
+
+
+def locate(spec: ModelSpec, *, offline: bool = False, allow_pickle: bool = False) -> Path:
+    """The local folder with the model's files; `folder.check_folder` says whether they are good.
+
+    Raises:
+        ModelFileError: the folder the spec names is not there or has no config.json.
+        DownloadError: not on this machine, and the reason it cannot be fetched.
+    """
+    if spec.path is not None:
+        read_config(spec.path)
+        return spec.path
+    cached = _cached(spec, allow_pickle=allow_pickle)
+    if cached is not None:
+        return cached
+    from qwencli.models.hub import download
+
+    assert spec.repo_id is not None, "a spec without a folder names a repository"
+    return download(spec.repo_id, offline=offline, allow_pickle=allow_pickle)
+
+
+def dummy_config(spec: ModelSpec) -> Mapping[str, Any]:
+    """The config.json of a model that is to have random weights.
+
+    Raises:
+        ModelFileError: its shape is not known here.
+    """
+    if spec.hub_config is None:
+        raise ModelFileError(
+            f"--load-format dummy: the shape of {spec.name} is not known here",
+            "name a built-in model (see: qwencli models) or a folder with its config.json",
+        )
+    return spec.hub_config
+
+
+def check_model(spec: ModelSpec, load_format: LoadFormat) -> Mapping[str, bool]:
+    """Raise where no engine could load the model, as far as files on this machine tell; returns its
+    `traits` and whether it is `PREQUANTIZED`, nothing of a model that is yet to be downloaded.
+
+    Raises:
+        ModelFileError: as when an engine opens it.
+    """
+    from qwencli.models.quant_formats import quantization_section
+    from qwencli.models.shape_reader import read_shape
+
+    if load_format is LoadFormat.DUMMY:
+        return read_shape(dummy_config(spec), spec.name).text.traits
+    folder = spec.path or _cached(spec)
+    if folder is None:
+        return {}
+    config = check_folder(folder)
+    prequantized = quantization_section(config) is not None
+    return {**read_shape(config).text.traits, PREQUANTIZED: prequantized}
 
 
 def _named(

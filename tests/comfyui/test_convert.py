@@ -16,7 +16,7 @@ from qwencli.comfyui.convert import convert, read_workflow
 from qwencli.comfyui.old_nodes import NO_EQUAL, OLD_NODES, SAME
 from qwencli.comfyui.schemas import NODES, BatchMode
 from qwencli.errors import InputError, QwenCliError
-from qwencli.presets import PRESETS
+from qwencli.messages import PRESETS
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -272,7 +272,7 @@ def test_a_model_that_cannot_be_downloaded_is_found_once(monkeypatch):
     def fail(spec):
         raise DownloadError(f"{spec.repo_id} is not to be had", "check the network")
 
-    monkeypatch.setattr("qwencli.models.hub.locate", fail)
+    monkeypatch.setattr("qwencli.models.resolve.locate", fail)
     registry = sys.modules["qwencli.models.resolve"]
     monkeypatch.setattr(
         registry,

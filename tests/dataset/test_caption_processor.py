@@ -294,7 +294,7 @@ def test_pictures_that_are_named_are_printed_in_their_shape(caption, pictures, a
 
 def test_tokens_are_the_models(caption, pictures, answers):
     from qwencli.engine.frontend.tokenizer import Tokenizer
-    from qwencli.models.hub import bundled_folder
+    from qwencli.models.builtin import bundled_folder
 
     folder = pictures("a.png")
     answers("Unfathomableness. Two red words follow here now. The end.")

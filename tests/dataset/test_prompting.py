@@ -20,7 +20,7 @@ from qwencli.dataset.prompting import (
     seeded_uniform,
 )
 from qwencli.errors import InputError, UsageError
-from qwencli.presets import DEFAULT_PROMPT, PRESETS
+from qwencli.messages import DEFAULT_PROMPT, PRESETS
 
 ANY_TEXT = st.text(max_size=60)
 

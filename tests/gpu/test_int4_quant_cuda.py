@@ -9,8 +9,8 @@ from qwencli.config import DType, Quantization
 from qwencli.engine.kernels.int4_quant import quantize
 from qwencli.engine.loading import weight_cache, weights
 from qwencli.engine.quant.quantized_tensor import Scheme
+from qwencli.models.builtin import bundled_folder
 from qwencli.models.folder import read_config
-from qwencli.models.hub import bundled_folder
 from qwencli.models.quantized_cache import cache_file
 from qwencli.models.shape_reader import read_shape
 from tests.engine.kernels.test_int4_quant import assert_alike

@@ -15,7 +15,8 @@ from qwencli.config import ModelSource, ModelSpec
 from qwencli.errors import DownloadError, ModelFileError
 from qwencli.models import hub as module
 from qwencli.models.folder import check_folder
-from qwencli.models.hub import cached_repos, download, find_cached, locate, repo_folder
+from qwencli.models.hub import cached_repos, download, find_cached, repo_folder
+from qwencli.models.resolve import locate
 from tests.models.fake_hub import COMMIT, FakeHub, serve
 from tests.models.tiny import write_model
 

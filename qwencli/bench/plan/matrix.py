@@ -186,7 +186,7 @@ def expand(
     those that differ in nothing from an earlier one: they are run once.
 
     Args:
-        traits: of models, by name, see `hub.check_model`.
+        traits: of models, by name, see `resolve.check_model`.
 
     Raises:
         BenchError: the exclusions leave nothing.

@@ -27,7 +27,7 @@ from qwencli.bench.plan.matrix import AXES, Matrix, check_values
 from qwencli.bench.plan.stopping import RepetitionOptions
 from qwencli.config import SAMPLING_BOUNDS
 from qwencli.errors import BenchError, InputError, UsageError
-from qwencli.presets import DEFAULT_PROMPT, PRESETS
+from qwencli.messages import DEFAULT_PROMPT, PRESETS
 
 BUILT_IN = Path(__file__).parent / "matrices"
 # The built-in matrix whose reports have the columns of the notes that this project came from.

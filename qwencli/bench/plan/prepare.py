@@ -154,7 +154,7 @@ def _checked(
     Raises:
         ModelFileError: none can.
     """
-    from qwencli.models.hub import check_model
+    from qwencli.models.resolve import check_model
 
     traits: dict[str, Mapping[str, bool]] = {}
     found: dict[str, ModelFileError] = {}

@@ -124,7 +124,8 @@ def _fetch_models(plan: Plan, output: Output) -> None:
     Raises:
         ModelError: a model is not to be had, or no engine could load it.
     """
-    from qwencli.models.hub import check_model, find_cached, locate
+    from qwencli.models.hub import find_cached
+    from qwencli.models.resolve import check_model, locate
 
     if plan.settings.load_format is LoadFormat.DUMMY:
         return

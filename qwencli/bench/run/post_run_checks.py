@@ -119,6 +119,6 @@ def _hub_config(model: ModelSpec) -> Mapping[str, Any]:
     if model.hub_config is not None:
         return model.hub_config
     from qwencli.models.folder import read_config
-    from qwencli.models.hub import locate
+    from qwencli.models.resolve import locate
 
     return read_config(locate(model, offline=True))

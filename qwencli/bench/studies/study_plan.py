@@ -22,8 +22,8 @@ from qwencli.bench.studies.conditions import CONDITIONS, blocker
 from qwencli.bench.studies.schedule import Layout, Process, lay_out, part_of
 from qwencli.config import Cache, DType, LoadFormat, ModelSpec
 from qwencli.engine.machine.device import DeviceFacts
+from qwencli.messages import DEFAULT_PROMPT
 from qwencli.output import counted
-from qwencli.presets import DEFAULT_PROMPT
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -137,8 +137,7 @@ def prepare_study(
     Raises:
         ModelError: a model is unknown, or no engine could load the study's own.
     """
-    from qwencli.models.hub import check_model
-    from qwencli.models.resolve import resolve_model
+    from qwencli.models.resolve import check_model, resolve_model
 
     main = resolve_model(request.model)
     check_model(main, request.load_format)

@@ -14,9 +14,10 @@ from qwencli.engine.frontend.processor_config import VISION_FAMILIES, ImageProce
 from qwencli.engine.frontend.prompt import PromptBuilder
 from qwencli.engine.frontend.tokenizer import Tokenizer
 from qwencli.errors import ModelFileError
+from qwencli.models.builtin import bundled_folder
 from qwencli.models.config_values import read_json_object
 from qwencli.models.folder import check_folder
-from qwencli.models.hub import bundled_folder, dummy_config, locate
+from qwencli.models.resolve import dummy_config, locate
 from qwencli.models.shape_reader import read_shape, stored_dtype
 from qwencli.models.shapes import ModelShape, VisionShape
 from qwencli.models.weight_files import StoredTensor, find_weights, stored_tensors

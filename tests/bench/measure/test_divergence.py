@@ -18,7 +18,7 @@ from qwencli.bench.storage.columns import QUALITY, REFERENCE
 from qwencli.bench.storage.row_file import write_rows
 from qwencli.config import DType, EngineConfig, EngineName, LoadFormat, ModelSource, ModelSpec
 from qwencli.engine.factory import create_engine
-from qwencli.models.hub import bundled_folder
+from qwencli.models.builtin import bundled_folder
 
 COPY = ModelSpec("copy", ModelSource.LOCAL, path=bundled_folder())
 

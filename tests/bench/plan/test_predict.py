@@ -11,8 +11,7 @@ from qwencli.bench.plan.matrix import Matrix, expand
 from qwencli.bench.plan.predict import LIMITS_S, MachineSpeed, predict
 from qwencli.bench.plan.stopping import StopRule
 from qwencli.config import ModelSource, ModelSpec
-from qwencli.models.builtin import hub_config
-from qwencli.models.hub import bundled_folder
+from qwencli.models.builtin import bundled_folder, hub_config
 
 H200 = MachineSpeed(read_bandwidth=4.3e12, launch_rate=2.0e5, start_s=5.0)
 

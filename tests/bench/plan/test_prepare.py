@@ -9,8 +9,8 @@ from qwencli.bench.plan.prepare import BenchRequest
 from qwencli.bench.plan.stopping import RepetitionOptions
 from qwencli.config import DType, LoadFormat, ModelSource, ModelSpec
 from qwencli.models import resolve
+from qwencli.models.builtin import bundled_folder
 from qwencli.models.folder import read_config
-from qwencli.models.hub import bundled_folder
 
 SCENES = ModelSpec(
     "scenes", ModelSource.BUNDLED, None, bundled_folder(), read_config(bundled_folder())

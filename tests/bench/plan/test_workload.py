@@ -4,7 +4,7 @@ import pytest
 
 from qwencli.bench.plan.matrix_file import EXAMPLE_IMAGE, find_image, prompt_or_default, read_prompt
 from qwencli.errors import InputError, UsageError
-from qwencli.presets import DEFAULT_PROMPT, PRESETS
+from qwencli.messages import DEFAULT_PROMPT, PRESETS
 
 
 def test_pictures_by_name_or_file(tmp_path):

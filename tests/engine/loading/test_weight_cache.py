@@ -23,8 +23,8 @@ from qwencli.config import DType, Quantization
 from qwencli.engine.loading import weight_cache, weights
 from qwencli.engine.quant.quantized_tensor import Scheme, quantize
 from qwencli.models import quantized_cache
+from qwencli.models.builtin import bundled_folder
 from qwencli.models.folder import read_config
-from qwencli.models.hub import bundled_folder
 from qwencli.models.quantized_cache import cache_file, cached_bytes
 from qwencli.models.shape_reader import read_shape
 

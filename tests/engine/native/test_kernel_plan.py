@@ -25,8 +25,7 @@ from qwencli.engine.runner import ModelRunner
 from qwencli.engine.runner_prompt import PromptLayouts
 from qwencli.engine.spec_decode.policy import MOST_VERIFIED
 from qwencli.engine.spec_decode.verify import EagerVerifier, verify_sizes
-from qwencli.models.hub import dummy_config
-from qwencli.models.resolve import resolve_model
+from qwencli.models.resolve import dummy_config, resolve_model
 from qwencli.models.shape_reader import read_shape
 from tests.engine.kernels.test_fused_ops import NARROW, model_of, prompt_of
 from tests.engine.kernels.test_hybrid_step import dummy, requests_of

@@ -21,9 +21,9 @@ from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.errors import ModelFileError
 from qwencli.models.folder import check_folder
-from qwencli.models.hub import check_model
 from qwencli.models.memory import packed_weight_bytes
 from qwencli.models.quant_formats import format_of, packed_format
+from qwencli.models.resolve import check_model
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.tensors import specs
 from qwencli.models.weight_files import stored_tensors
