@@ -41,7 +41,7 @@ from qwencli.engine.native import kernel_plan
 from qwencli.engine.native.kernel_plan import PlannedModel
 from qwencli.models.quantized_cache import cache_root
 
-_SUM = ".sha256"
+_SUM, _FUSION = ".sha256", "default_fp_fusion"
 _notes: list[str] = []
 
 
@@ -146,6 +146,9 @@ def use_folder(folder: Path) -> None:
         knobs.cache.manager_class = CheckedFiles
         # What it makes on the way to a binary is read by nobody, and would be read at each load.
         knobs.compilation.store_binary_only = True
+        # From 3.10 on Triton rounds between a product and its sum where nobody says otherwise.
+        if "TRITON_DEFAULT_FP_FUSION" not in os.environ and hasattr(knobs.language, _FUSION):
+            setattr(knobs.language, _FUSION, True)
     # Its own reads all of Triton, most of a second in each process.
     triton.runtime.cache.triton_key = _compiler
 

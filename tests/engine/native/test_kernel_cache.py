@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,10 @@ def knobs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Triton's settings, and what was said, of each test alone."""
     monkeypatch.setattr(kernel_cache, "_notes", [])
     monkeypatch.setattr(kernel_cache, "_used", {})
-    with triton.knobs.cache.scope(), triton.knobs.compilation.scope():
+    scopes = triton.knobs.cache, triton.knobs.compilation, triton.knobs.language
+    with ExitStack() as stack:
+        for each in scopes:
+            stack.enter_context(each.scope())
         yield
 
 
@@ -55,6 +59,19 @@ def kept(folder: Path) -> CheckedFiles:
 def test_what_was_written_is_found(tmp_path):
     assert set(kept(tmp_path).get_group("k.json")) == {"k.json", "k.cubin"}
     assert taken_notes() == ()
+
+
+@pytest.mark.parametrize("wished", [None, "0"])
+def test_products_and_sums_are_fused_unless_the_user_says_otherwise(tmp_path, monkeypatch, wished):
+    language = triton.knobs.language
+    if not hasattr(language, "default_fp_fusion"):
+        pytest.skip("this Triton always fuses them")
+    monkeypatch.delenv("TRITON_DEFAULT_FP_FUSION", raising=False)
+    if wished is not None:
+        monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", wished)
+    use_folder(tmp_path)
+    assert language.default_fp_fusion is (wished is None)
+    assert os.environ.get("TRITON_DEFAULT_FP_FUSION") == wished
 
 
 @pytest.mark.parametrize("file", ["k.json", "k.cubin", "__grp__k.json"])
