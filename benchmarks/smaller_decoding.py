@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from qwencli.engine.frontend.images import open_visual
 from qwencli.engine.frontend.preprocess import preprocess
 from qwencli.engine.frontend.processor_config import ImageProcessorConfig
+from qwencli.engine.frontend.videos import open_visual
 
 SIZES = ((4000, 3000), (6000, 4000))
 

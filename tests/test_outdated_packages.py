@@ -17,7 +17,7 @@ from qwencli.dataset.shards import pyarrow_parquet
 from qwencli.diagnostics.check_table import CHECKS, run_check
 from qwencli.diagnostics.finding import Status
 from qwencli.engine.constrained import read_schema
-from qwencli.engine.frontend.images import open_visual
+from qwencli.engine.frontend.videos import open_visual
 from qwencli.engine.hf.quantization import quantization_config
 from qwencli.engine.machine import flash_attn, packages
 from qwencli.errors import MissingDependencyError

@@ -142,8 +142,7 @@ def video_part(video: Any, frames: int | None, name: str = "video") -> VideoPart
     Raises:
         InputError, MissingDependencyError: it is none, or cannot be decoded.
     """
-    from qwencli.engine.frontend.images import open_visual
-    from qwencli.engine.frontend.videos import open_video
+    from qwencli.engine.frontend.videos import open_video, open_visual
 
     if not hasattr(video, "get_components"):
         raise InputError(f"{name} is no video", "connect a VIDEO output, as that of Load Video")

@@ -278,7 +278,8 @@ def open_picture(path: Path, beside: Sequence[VisualPart] = ()) -> ImagePart:
     Args:
         beside: see `open_visual`.
     """
-    from qwencli.engine.frontend.images import decoded_bytes, open_image
+    from qwencli.engine.frontend.images import open_image
+    from qwencli.engine.frontend.videos import decoded_bytes
 
     return open_image(local_path(path), held_bytes=decoded_bytes(beside))
 
@@ -290,25 +291,25 @@ def open_named(
     max_pixels: int | None = None,
 ) -> VisualPart:
     """The picture or video at a path or an address of the web, or what came on stdin; see
-    `engine.frontend.images.open_visual`."""
-    from qwencli.engine.frontend import images
+    `engine.frontend.videos.open_visual`."""
+    from qwencli.engine.frontend import videos
 
     part = named if isinstance(named, StdinPart) else url_part(named)
     if part is None:
         path = local_path(Path(str(named)))
-        return images.open_visual(path, frames, beside, max_pixels=max_pixels)
-    return images.open_visual(part.read(str(named)), frames, beside, str(named), max_pixels)
+        return videos.open_visual(path, frames, beside, max_pixels=max_pixels)
+    return videos.open_visual(part.read(str(named)), frames, beside, str(named), max_pixels)
 
 
 def open_visual(path: Path, frames: int | None, beside: Sequence[VisualPart] = ()) -> VisualPart:
-    """A picture, or a video; see `engine.frontend.images.open_visual`.
+    """A picture, or a video; see `engine.frontend.videos.open_visual`.
 
     Args:
         beside: what the same request shows already; memory is bounded for all of it together.
     """
-    from qwencli.engine.frontend import images
+    from qwencli.engine.frontend import videos
 
-    return images.open_visual(local_path(path), frames, beside)
+    return videos.open_visual(local_path(path), frames, beside)
 
 
 def open_video(path: Path, frames: int | None, beside: Sequence[VisualPart] = ()) -> VideoPart:

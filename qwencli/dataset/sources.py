@@ -125,12 +125,12 @@ class Listing:
         """The picture or video of an item.
 
         Args:
-            frames, max_pixels: see `engine.frontend.images.open_visual`.
+            frames, max_pixels: see `engine.frontend.videos.open_visual`.
 
         Raises:
             InputError, MissingDependencyError, OutOfMemoryError: it cannot be had or used.
         """
-        from qwencli.engine.frontend.images import open_visual
+        from qwencli.engine.frontend.videos import open_visual
 
         if item.part is None:
             return open_visual(self.path(item), frames, max_pixels=max_pixels)

@@ -309,7 +309,7 @@ def test_one_that_cannot_be_opened_never_costs_the_others(
                 raise MemoryError
             return path.open("rb")
 
-        monkeypatch.setattr("qwencli.engine.frontend.images.open_file", full)
+        monkeypatch.setattr("qwencli.engine.frontend.videos.open_file", full)
     arguments = [str(bad), pictures[0], str(bad), pictures[1], "--json"]
     assert caption(*arguments, *(["--multi-image"] if together else [])) == 1
     out, err = capsys.readouterr()
@@ -354,10 +354,10 @@ def test_a_name_that_stdout_cannot_encode(
 
 
 def test_a_large_picture_is_not_held_while_the_next_is_opened(caption, pictures, monkeypatch):
-    from qwencli.engine.frontend import images
+    from qwencli.engine.frontend import videos
 
     opened = []
-    open_visual = images.open_visual
+    open_visual = videos.open_visual
 
     def watched(*arguments, **settings):
         assert all(shown() is None for shown in opened)
@@ -365,7 +365,7 @@ def test_a_large_picture_is_not_held_while_the_next_is_opened(caption, pictures,
         opened.append(weakref.ref(part.image))
         return part
 
-    monkeypatch.setattr(images, "open_visual", watched)
+    monkeypatch.setattr(videos, "open_visual", watched)
     for engine in ("native", "transformers"):
         opened.clear()
         assert caption(*pictures, *pictures, "--engine", engine) == 0

@@ -53,17 +53,17 @@ def test_a_picture_that_vanishes_while_the_set_is_captioned(caption, pictures, e
 
 
 def test_what_only_one_picture_raises_is_its_own(caption, pictures, monkeypatch):
-    from qwencli.engine.frontend import images
+    from qwencli.engine.frontend import videos
 
     folder = pictures("a.png", "b.png")
-    opened = images.open_visual
+    opened = videos.open_visual
 
     def failing(source, *arguments, **named):
         if str(source).endswith("a.png"):
             raise ZeroDivisionError("in a decoder")
         return opened(source, *arguments, **named)
 
-    monkeypatch.setattr(images, "open_visual", failing)
+    monkeypatch.setattr(videos, "open_visual", failing)
     assert caption(folder) == 1
     assert list(captions(folder)) == ["b.txt"]
     assert "ZeroDivisionError: in a decoder" in failures(folder)[0]["reason"]

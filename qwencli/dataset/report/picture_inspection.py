@@ -84,7 +84,8 @@ def _small(path: Path) -> Image:
     from PIL import Image, ImageOps
 
     from qwencli.engine.frontend.image_decoding import DECODE_ERRORS
-    from qwencli.engine.frontend.images import open_image, open_visual
+    from qwencli.engine.frontend.images import open_image
+    from qwencli.engine.frontend.videos import open_visual
     from qwencli.messages import ImagePart
 
     if path.suffix.lower() in (".jpg", ".jpeg"):

@@ -1,41 +1,28 @@
 """From a picture file of any kind to an RGB `ImagePart`, or to one clear `InputError`.
 
 Pictures are decoded completely here, so that a damaged file is found before a model sees half
-of it. Of an animation the first frame is taken, and more where frames are asked for (`videos`).
-Colour profiles are not applied: neither does the reference. One damage stays invisible: a JPEG
-whose data ends early but which carries an end marker again (libjpeg fills the rest and Pillow does
-not pass its warning on). This module does not know what size a model wants; `preprocess` does.
+of it. Of an animation the first frame is taken (`videos` takes more). Colour profiles are not
+applied: neither does the reference. One damage stays invisible: a JPEG whose data ends early but
+which carries an end marker again (libjpeg fills the rest and Pillow does not pass its warning on).
+This module does not know what size a model wants; `preprocess` does.
 """
 
 from __future__ import annotations
 
 import functools
-import io
 import math
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeVar
+from typing import Literal
 
 from PIL import ExifTags, Image
 
-from qwencli.engine.frontend.image_decoding import (
-    BOMBS,
-    DECODE_ERRORS,
-    decode,
-    read_picture,
-    too_large,
-)
-from qwencli.engine.frontend.media_files import open_file, read_error, video_kind
-from qwencli.errors import InputError, OutOfMemoryError
-from qwencli.messages import ImagePart, VideoPart, VisualPart
-
-Part = TypeVar("Part", bound=VisualPart)
+from qwencli.engine.frontend.image_decoding import BOMBS, DECODE_ERRORS, read_picture, too_large
+from qwencli.errors import InputError
+from qwencli.messages import ImagePart
 
 # What decoding one picture, and making it upright RGB, may take. With what a program that has
 # loaded a small model holds it stays below 2 GB.
 MAX_DECODE_BYTES = 1_600_000_000
-# Decoded pictures are held in memory, so many bytes a pixel.
-DECODED_BYTES_A_PIXEL = 4
 # Sides of what a JPEG is decoded to, over those of what is made of it, at least: how far what its
 # blocks are scaled by differs from what resizing does.
 DECODED_LARGER = 3.0
@@ -106,82 +93,6 @@ def open_image(source: Path | bytes, name: str | None = None, held_bytes: int = 
         OutOfMemoryError: the host cannot hold the decoded picture.
     """
     return read_picture(source, functools.partial(image_part, held_bytes), name)
-
-
-def open_visual(
-    source: Path | bytes,
-    frames: int | None = None,
-    beside: Sequence[VisualPart] = (),
-    name: str | None = None,
-    max_pixels: int | None = None,
-) -> VisualPart:
-    """A video file as a video, with `frames` an animation or a folder of frames too, and anything
-    else as a picture.
-
-    Args:
-        source: a file or folder, or the bytes of a file.
-        name: what errors call it; the path by default.
-        beside: what is shown in the same request: all of it is held in memory together.
-        max_pixels: see `image_part`.
-
-    Raises:
-        InputError, MissingDependencyError: see `videos.open_video` and `open_image`.
-    """
-    held_bytes = decoded_bytes(beside)
-    name = name or str(source)
-    picture = functools.partial(image_part, held_bytes, max_pixels=max_pixels)
-    if frames is None:
-        return read_any(source, name, None, held_bytes, picture)
-    from qwencli.engine.frontend.videos import open_moving
-
-    return open_moving(source, frames, held_bytes, name, picture)
-
-
-def read_any(
-    source: Path | bytes,
-    name: str,
-    frames: int | None,
-    held_bytes: int,
-    read: Callable[[Image.Image, str], Part],
-) -> Part | VideoPart:
-    """A video file as a video of `frames`, anything else as `read` makes it of the opened picture.
-
-    Raises:
-        InputError, MissingDependencyError: see `videos.open_video` and `open_image`.
-        OutOfMemoryError: the host cannot hold what is decoded.
-    """
-    try:
-        # One opening of the file: it may be gone at the next, and a pipe is read once only.
-        with io.BytesIO(source) if isinstance(source, bytes) else open_file(source, name) as file:
-            kind = _video_kind(file, name)
-            if kind is None:
-                return decode(file, name, read)
-            from qwencli.engine.frontend.videos import from_video_file
-
-            return from_video_file(file, name, kind, frames, held_bytes)
-    except MemoryError as error:
-        raise OutOfMemoryError(
-            f"not enough memory to decode {name}", "lower --frames, or free some memory"
-        ) from error
-
-
-def _video_kind(file: BinaryIO, name: str) -> str | None:
-    try:
-        kind = video_kind(file.read(512))
-        file.seek(0)
-    except OSError as error:
-        raise read_error(error, name) from error
-    return kind
-
-
-def decoded_bytes(visuals: Sequence[VisualPart]) -> int:
-    """What the pictures and frames of `visuals` take in memory, as Pillow holds them."""
-    images = [
-        image
-        for part in visuals
-        for image in ((part.image,) if isinstance(part, ImagePart) else part.frames)
-    ]
-    return sum(image.width * image.height * DECODED_BYTES_A_PIXEL for image in images)
 
 
 def image_part(

@@ -13,30 +13,34 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from PIL import Image
 
-from qwencli.engine.frontend.image_decoding import DECODE_ERRORS, allow_time, read_picture
+from qwencli.engine.frontend.image_decoding import DECODE_ERRORS, allow_time, decode, read_picture
 from qwencli.engine.frontend.images import (
     ANIMATED,
-    DECODED_BYTES_A_PIXEL,
     MAX_DECODE_BYTES,
     check_decoded_size,
-    decoded_bytes,
-    read_any,
+    image_part,
     to_rgb,
 )
 from qwencli.engine.frontend.media_files import (
     PICTURE_SUFFIXES,
+    open_file,
     read_error,
+    video_kind,
 )
-from qwencli.errors import InputError
+from qwencli.errors import InputError, OutOfMemoryError
 from qwencli.messages import ImagePart, VideoPart, VisualPart
+
+Part = TypeVar("Part", bound=VisualPart)
 
 # Where nobody says how many frames: as many a second as Qwen's own processors take, in bounds.
 FRAMES_PER_SECOND = 2.0
 FEWEST_FRAMES, MOST_FRAMES = 4, 64
+# Decoded frames are held in memory, so many bytes a pixel.
+_BYTES_A_PIXEL = 4
 MAX_VIDEO_PIXELS = 300_000_000
 # To take frames out of an animation all before them are decoded, at about 50 megapixels a second.
 MAX_ANIMATION_PIXELS = 400_000_000
@@ -51,31 +55,35 @@ _DECODER_BYTES_A_PIXEL = 16
 _COPY_AGAIN = "copy or download the file again"
 
 
-def open_moving(
+def open_visual(
     source: Path | bytes,
-    frames: int,
-    held_bytes: int,
-    name: str,
-    picture: Callable[[Image.Image, str], ImagePart],
+    frames: int | None = None,
+    beside: Sequence[VisualPart] = (),
+    name: str | None = None,
+    max_pixels: int | None = None,
 ) -> VisualPart:
-    """A folder of frames, an animation or a video file as a video, anything else as `picture` has
-    it.
+    """A video file as a video, with `frames` an animation or a folder of frames too, and anything
+    else as a picture.
 
     Args:
-        held_bytes: what is decoded already takes in memory.
+        source: a file or folder, or the bytes of a file.
+        name: what errors call it; the path by default.
+        beside: what is shown in the same request: all of it is held in memory together.
+        max_pixels: see `image_part`.
 
     Raises:
-        InputError, MissingDependencyError: see `open_video`.
+        InputError, MissingDependencyError: see `open_video` and `open_image`.
     """
-    if isinstance(source, Path) and _is_folder(source):
+    held_bytes = decoded_bytes(beside)
+    if frames is not None and isinstance(source, Path) and _is_folder(source):
         return _from_folder(source, frames, held_bytes)
 
     def read(image: Image.Image, name: str) -> VisualPart:
-        if _is_animation(image, name):
+        if frames is not None and _is_animation(image, name):
             return _from_animation(image, name, frames, held_bytes)
-        return picture(image, name)
+        return image_part(held_bytes, image, name, max_pixels)
 
-    return read_any(source, name, frames, held_bytes, read)
+    return _from_any_file(source, name or str(source), frames, held_bytes, read)
 
 
 def open_video(
@@ -86,7 +94,7 @@ def open_video(
     Args:
         frames: None = `FRAMES_PER_SECOND`, but no fewer than 4 and no more than 64, nor more than
             `MAX_VIDEO_PIXELS` hold.
-        beside: see `images.open_visual`.
+        beside: see `open_visual`.
 
     Raises:
         InputError: not there, not readable, not a video, damaged, or over `MAX_VIDEO_PIXELS`.
@@ -101,7 +109,47 @@ def open_video(
             raise InputError(f"{name} is a single picture, not a video", "show it as a picture")
         return _from_animation(image, name, frames, held_bytes)
 
-    return read_any(path, str(path), frames, held_bytes, read)
+    return _from_any_file(path, str(path), frames, held_bytes, read)
+
+
+def _from_any_file(
+    source: Path | bytes,
+    name: str,
+    frames: int | None,
+    held_bytes: int,
+    read: Callable[[Image.Image, str], Part],
+) -> Part | VideoPart:
+    """A video file as a video, anything else as `read` makes it of the opened picture."""
+    try:
+        # One opening of the file: it may be gone at the next, and a pipe is read once only.
+        with io.BytesIO(source) if isinstance(source, bytes) else open_file(source, name) as file:
+            kind = _video_kind(file, name)
+            if kind is not None:
+                return _from_video_file(file, name, kind, frames, held_bytes)
+            return decode(file, name, read)
+    except MemoryError as error:
+        raise OutOfMemoryError(
+            f"not enough memory to decode {name}", "lower --frames, or free some memory"
+        ) from error
+
+
+def _video_kind(file: BinaryIO, name: str) -> str | None:
+    try:
+        kind = video_kind(file.read(512))
+        file.seek(0)
+    except OSError as error:
+        raise read_error(error, name) from error
+    return kind
+
+
+def decoded_bytes(visuals: Sequence[VisualPart]) -> int:
+    """What the pictures and frames of `visuals` take in memory, as Pillow holds them."""
+    images = [
+        image
+        for part in visuals
+        for image in ((part.image,) if isinstance(part, ImagePart) else part.frames)
+    ]
+    return sum(image.width * image.height * _BYTES_A_PIXEL for image in images)
 
 
 def even_indices(total: int, count: int) -> list[int]:
@@ -143,7 +191,7 @@ def _count(total: int, duration_s: float, wanted: int | None, most: int = MOST_F
 
 def _room(size: tuple[int, int], held_bytes: int) -> int:
     """How many frames of this size memory is meant to hold; see `_check_size`."""
-    most = min(MAX_VIDEO_PIXELS, (MAX_DECODE_BYTES - held_bytes) // DECODED_BYTES_A_PIXEL)
+    most = min(MAX_VIDEO_PIXELS, (MAX_DECODE_BYTES - held_bytes) // _BYTES_A_PIXEL)
     return most // max(size[0] * size[1], 1)
 
 
@@ -225,7 +273,7 @@ def _frame(
 
 def _others_bytes(size: tuple[int, int], count: int) -> int:
     """What all but one of `count` frames take."""
-    return (count - 1) * size[0] * size[1] * DECODED_BYTES_A_PIXEL
+    return (count - 1) * size[0] * size[1] * _BYTES_A_PIXEL
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
@@ -275,7 +323,7 @@ def _check_work(name: str, size: tuple[int, int], total: int) -> None:
         )
 
 
-def from_video_file(
+def _from_video_file(
     file: BinaryIO, name: str, kind: str, wanted: int | None, held_bytes: int
 ) -> VideoPart:
     # Here and not above: a picture needs none, and Python's metadata of packages takes 15 ms.

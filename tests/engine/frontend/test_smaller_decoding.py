@@ -12,9 +12,10 @@ from PIL import Image, ImageDraw
 from benchmarks.smaller_decoding import photograph
 from qwencli.commands.options import RunOptions
 from qwencli.config import EngineName
-from qwencli.engine.frontend.images import DECODED_LARGER, open_visual
+from qwencli.engine.frontend.images import DECODED_LARGER
 from qwencli.engine.frontend.preprocess import preprocess
 from qwencli.engine.frontend.processor_config import ImageProcessorConfig
+from qwencli.engine.frontend.videos import open_visual
 
 # Of 255: what `image_part` promises, of mean and of largest difference.
 MEAN, LARGEST = 1.0, 24

@@ -19,8 +19,7 @@ from PIL.GifImagePlugin import GifImageFile
 
 from qwencli.engine.frontend import image_decoding, images, videos
 from qwencli.engine.frontend.containers import is_cut_off
-from qwencli.engine.frontend.images import decoded_bytes, open_visual
-from qwencli.engine.frontend.videos import even_indices, open_video
+from qwencli.engine.frontend.videos import even_indices, open_video, open_visual
 from qwencli.errors import InputError, MissingDependencyError
 from qwencli.messages import ImagePart, VideoPart
 from tests.media_corpus import FILMS, encoded, failing_file, film, gif, psd
@@ -429,7 +428,7 @@ def test_what_a_request_shows_already_leaves_less_room(
 ) -> None:
     path = write_animation(tmp_path / "a.gif")
     held = [open_video(path, 12), open_visual(path)]
-    assert decoded_bytes(held) == 13 * SIZE[0] * SIZE[1] * 4
+    assert videos.decoded_bytes(held) == 13 * SIZE[0] * SIZE[1] * 4
     monkeypatch.setattr(videos, "MAX_DECODE_BYTES", 16 * SIZE[0] * SIZE[1] * 4)
     assert len(open_video(path, 3, held).frames) == 3
     with pytest.raises(InputError, match=r"4 frames of 48x32 are more than .* the request shows"):
