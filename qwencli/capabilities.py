@@ -371,6 +371,22 @@ def _flag(axis: str) -> str:
     return f"--{axis.replace('_', '-')}"
 
 
+def check_pictures(model: str, *, can_see: bool | None, wanted: bool) -> None:
+    """Refuse pictures for a model that reads text only.
+
+    Args:
+        can_see: None where that is not known.
+
+    Raises:
+        UnsupportedModeError: they are wanted, and it cannot look at any.
+    """
+    if wanted and can_see is False:
+        raise UnsupportedModeError(
+            f"{model} reads text only: it cannot look at pictures",
+            "choose a vision-language model, as --model qwen3-vl-4b",
+        )
+
+
 def check_thinking(model: str, *, can_think: bool | None, wanted: bool) -> None:
     """Refuse thoughts of a model that has none; before anything is asked of it.
 

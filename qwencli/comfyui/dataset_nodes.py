@@ -99,7 +99,7 @@ def caption_folder(values: Values) -> tuple[Any, ...]:
         if work.tasks or work.refused:
             whole.begin(report)
             if work.tasks:
-                with EngineUse(values) as use:
+                with EngineUse(values, caption_config.wanted) as use:
                     whole.caption(LocalCaptioner(use.engine, processor), report, lambda: False)
                     statistics = use.statistics(last) if last else statistics
             whole.end()
@@ -227,7 +227,7 @@ def _shaped(values: Values, batch: Batch, caption_config: CaptionConfig) -> tupl
         lambda item: batch.part(parts[item.key]),
         system=system_messages(values),
     )
-    with EngineUse(values) as use:
+    with EngineUse(values, caption_config.wanted) as use:
         adapt_to_model(use.engine, processor)
         made: dict[str, Outcome] = {}
         tell, waiting = comfy_host.progress(len(tasks)), tasks

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from qwencli.comfyui import comfy_host
 from qwencli.comfyui.schemas import RunsWhere
 from qwencli.config import EngineConfig, LoadFormat
+from qwencli.engine.abilities import Abilities, check_loaded, fetch_model
 from qwencli.errors import EngineError, OutOfMemoryError, QwenCliError
 
 if TYPE_CHECKING:
@@ -78,10 +79,10 @@ class EngineKeeper:
     """Thread-safe: one node after the other has the engine.
 
     Args:
-        create: makes an engine, not yet loaded.
+        create: makes an engine, not yet loaded; raises what is known to be wrong without a load.
     """
 
-    def __init__(self, create: Callable[[EngineKey, float], Engine]) -> None:
+    def __init__(self, create: Callable[[EngineKey, float, Abilities], Engine]) -> None:
         self._create = create
         self._lock = threading.RLock()
         self._engine: Engine | None = None
@@ -94,13 +95,16 @@ class EngineKeeper:
         return self._engine is not None
 
     @contextmanager
-    def using(self, key: EngineKey, keep_s: float) -> Iterator[Engine]:
+    def using(self, key: EngineKey, keep_s: float, wanted: Abilities) -> Iterator[Engine]:
         """The engine of `key`, loaded; another one is closed first.
 
         Args:
             keep_s: how long it stays afterwards; 0 = it is closed then.
+            wanted: of its model.
 
         Raises:
+            UnsupportedModeError: its model cannot do that; which mostly is told before the load,
+                and then what was loaded stays.
             QwenCliError: it cannot be loaded, also after ComfyUI has given up its own models.
         """
         with self._lock:
@@ -109,7 +113,8 @@ class EngineKeeper:
             self._in_use = True
             self._stop_timer()
             try:
-                engine = self._loaded(key, keep_s)
+                engine = self._loaded(key, keep_s, wanted)
+                check_loaded(key.config.model.name, engine, wanted)
                 yield cast("Engine", StoppableEngine(engine, comfy_host.check_interrupted))
             except Exception as error:
                 # What nobody foresaw may have left it in any state.
@@ -160,33 +165,25 @@ class EngineKeeper:
         finally:
             self._lock.release()
 
-    def _loaded(self, key: EngineKey, keep_s: float) -> Engine:
+    def _loaded(self, key: EngineKey, keep_s: float, wanted: Abilities) -> Engine:
         if self._engine is not None and self._key == key:
             return self._engine
+        made = self._create(key, keep_s, wanted)
         self._close()
         comfy_host.when_memory_is_wanted(self.trim, self.give_back)
         comfy_host.empty_cache()
         engine = None
         with suppress(OutOfMemoryError):
-            engine = self._opened(key, keep_s)
+            engine = _opened(made)
         if engine is None:
             # Not in a handler: until one ends, the traceback holds what took the memory.
             log.info("qwencli: out of memory; ComfyUI is asked for the memory of its models")
             comfy_host.free_models()
-            engine = self._opened(key, keep_s)
+            engine = _opened(made)
         self._engine, self._key = engine, key
         # Loading takes all objects out of garbage collection. ComfyUI finds models that nobody
         # uses any more by collecting, so here they stay in.
         gc.unfreeze()
-        return engine
-
-    def _opened(self, key: EngineKey, keep_s: float) -> Engine:
-        engine = self._create(key, keep_s)
-        try:
-            engine.load()
-        except BaseException:
-            engine.close()
-            raise
         return engine
 
     def _is_on(self, device: str) -> bool:
@@ -229,13 +226,31 @@ class EngineKeeper:
             self._timer = None
 
 
-def create(key: EngineKey, keep_s: float) -> Engine:
-    """The engine of `key`, not yet loaded; its model's files are here then."""
+def _opened(engine: Engine) -> Engine:
+    """Loaded; closed where that fails, and may be loaded again."""
+    try:
+        engine.load()
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def create(key: EngineKey, keep_s: float, wanted: Abilities) -> Engine:
+    """The engine of `key`, not yet loaded; its model's files are here then.
+
+    Raises:
+        QwenCliError: it could not be loaded, or its model cannot do what is wanted, and that can
+            be told before the load.
+    """
     if key.runs is RunsWhere.REMOTE:
         from qwencli.engine.remote import RemoteEngine
 
         return RemoteEngine(key.config, key.key_variable)
-    _fetch(key.config)
+    model = key.config.model
+    if model.path is None and key.config.load_format is LoadFormat.AUTO:
+        log.info("qwencli: downloading %s (kept in the Hugging Face cache)", model.repo_id)
+    fetch_model(key.config, wanted)
     if key.runs is RunsWhere.RESIDENT:
         from qwencli.server.resident_engine import ResidentEngine
 
@@ -244,15 +259,6 @@ def create(key: EngineKey, keep_s: float) -> Engine:
     from qwencli.engine.factory import create_engine
 
     return create_engine(key.config)
-
-
-def _fetch(config: EngineConfig) -> None:
-    model = config.model
-    if model.path is None and config.load_format is LoadFormat.AUTO:
-        from qwencli.models.resolve import locate
-
-        log.info("qwencli: downloading %s (kept in the Hugging Face cache)", model.repo_id)
-        locate(model, offline=config.offline, allow_pickle=config.allow_pickle)
 
 
 KEEPER = EngineKeeper(create)

@@ -16,6 +16,7 @@ from qwencli.output import counted
 from qwencli.typed_values import parse_duration
 
 if TYPE_CHECKING:
+    from qwencli.engine.abilities import Abilities
     from qwencli.engine.protocol import Engine
     from qwencli.engine.request import RequestSource
     from qwencli.results import GenerationResult
@@ -25,16 +26,21 @@ _MOST_NAMED = 20
 
 
 class EngineUse:
-    """The engine that a node's inputs ask for, loaded, inside the block."""
+    """The engine that a node's inputs ask for, loaded, inside the block.
+
+    Args:
+        wanted: of its model; refused before the load where that can be told.
+    """
 
     engine: Engine
 
-    def __init__(self, values: Values) -> None:
+    def __init__(self, values: Values, wanted: Abilities) -> None:
         self._key = engine_key(values)
         self._keep_s = parse_duration(values["keep_loaded"], "keep_loaded")
+        self._wanted = wanted
 
     def __enter__(self) -> EngineUse:
-        self._using = KEEPER.using(self._key, self._keep_s)
+        self._using = KEEPER.using(self._key, self._keep_s, self._wanted)
         self.engine = self._using.__enter__()
         self._began_s = time.perf_counter()
         return self

@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qwencli.capabilities import check_thinking
 from qwencli.comfyui import dataset_nodes
 from qwencli.comfyui.engine_use import EngineUse, generate_all
 from qwencli.comfyui.node_inputs import (
@@ -28,6 +27,7 @@ from qwencli.comfyui.node_inputs import (
 )
 from qwencli.comfyui.schemas import AUTO, NO_PRESET, Node, RunsWhere, fold_seed
 from qwencli.config import check_pixels
+from qwencli.engine.abilities import Abilities
 from qwencli.errors import InputError, QwenCliError, UsageError
 from qwencli.messages import GenerationRequest, user_message
 from qwencli.typed_values import parse_duration
@@ -107,11 +107,11 @@ def _chat(values: Values) -> tuple[Any, ...]:
     prompt = values["prompt"].strip()
     if not prompt:
         raise UsageError("prompt is empty", "write what to ask")
-    return _answer(values, pictures_of(values) or [tuple], prompt)
+    return _answer(values, pictures_of(values), prompt)
 
 
 def _answer(values: Values, shown: Sequence[Shown], text: str) -> tuple[Any, ...]:
-    """text, texts, statistics"""
+    """text, texts, statistics; of one answer where nothing is shown."""
     sampling, budget = sampling_options(values), thinking_budget(values)
     # As on the command line: who bounds thoughts wants some, and 0 means none.
     thinking = bool(values["think"]) if budget is None else budget > 0
@@ -121,9 +121,9 @@ def _answer(values: Values, shown: Sequence[Shown], text: str) -> tuple[Any, ...
         messages = (*before, user_message(text, show()))
         return GenerationRequest(messages, sampling, thinking=thinking, thinking_budget=budget)
 
-    with EngineUse(values) as use:
-        check_thinking(use.model.name, can_think=use.engine.can_think, wanted=thinking)
-        results = generate_all(use.engine, [functools.partial(request, show) for show in shown])
+    requests = [functools.partial(request, show) for show in shown or [tuple]]
+    with EngineUse(values, Abilities(pictures=bool(shown), thoughts=thinking)) as use:
+        results = generate_all(use.engine, requests)
         texts = [result.text.strip() for result in results]
         return "\n".join(texts), texts, use.statistics(results)
 

@@ -165,17 +165,17 @@ def _captioner(
     keep_s: float | None,
 ) -> Iterator[Captioner]:
     """What makes `count` captions: workers of a cluster, or on devices, or an engine right here."""
-    from qwencli.commands.requests import fetch_model, running_engine
+    from qwencli.commands.requests import running_engine
     from qwencli.dataset.caption_worker import LocalCaptioner, WorkerConfig
     from qwencli.dataset.devices import DeviceWorkers
     from qwencli.dataset.ray_cluster import RayWorkers
+    from qwencli.engine.abilities import fetch_model
 
-    thinking = bool(processor.config.thinking_budget)
     if not devices and ray is None:
-        with running_engine(config, sink, keep_s, thinking=thinking) as engine:
+        with running_engine(config, sink, keep_s, processor.config.wanted) as engine:
             yield LocalCaptioner(engine, processor)
         return
-    fetch_model(config, thinking=thinking)
+    fetch_model(config, processor.config.wanted)
     worker_config = WorkerConfig(config, processor, -(-count // max(1, len(devices))))
     workers: DeviceWorkers | RayWorkers
     if ray is not None:

@@ -33,6 +33,7 @@ from qwencli.commands.requests import (
     running_engine,
     system_messages,
 )
+from qwencli.engine.abilities import Abilities
 from qwencli.errors import QwenCliError, StoppedError
 from qwencli.messages import GenerationRequest, ImagePart, VisualPart, user_message
 from qwencli.output import visible
@@ -289,7 +290,12 @@ def answer_pictures(
         asked = 1 if multi_image else len(images)
         with (
             work.counted_when_stopped(asked),
-            running_engine(run.engine_config(spec), sink, job.keep_s, thinking=thinking) as loaded,
+            running_engine(
+                run.engine_config(spec),
+                sink,
+                job.keep_s,
+                Abilities(pictures=True, thoughts=thinking),
+            ) as loaded,
         ):
             work.mark("torch and the model")
             left = images[work.begun - 1 :]
@@ -346,9 +352,7 @@ def print_captions(job: CaptionJob, config: CaptionConfig) -> None:
     )
     with (
         work.counted_when_stopped(len(tasks)),
-        running_engine(
-            run.engine_config(spec), sink, job.keep_s, thinking=bool(config.thinking_budget)
-        ) as engine,
+        running_engine(run.engine_config(spec), sink, job.keep_s, config.wanted) as engine,
         overlays,
     ):
         work.answer_formatted(LocalCaptioner(engine, processor), tasks, overlays.add)

@@ -64,6 +64,7 @@ def chat(
         running_engine,
     )
     from qwencli.commands.saved_chat import chats_folder, latest_chat, new_chat_path, read_chat
+    from qwencli.engine.abilities import Abilities
 
     sink = context.ensure_object(Output)
     sampling = run.sampling_options()
@@ -87,11 +88,12 @@ def chat(
     if failed and prompt is not None and not pictures:
         # An answer about a picture that the model never saw would be invented.
         raise typer.Exit(1)
+    wanted = Abilities(pictures=bool(pictures), thoughts=thinking)
     announce_model(spec, run, sink)
     drawn = sys.stdin.isatty() and sys.stdout.isatty() and not run.json and can_draw()
     with (
         quiet_keys() if can_draw() else nullcontext(),
-        running_engine(run.engine_config(spec), sink, keep_s, thinking=thinking) as loaded,
+        running_engine(run.engine_config(spec), sink, keep_s, wanted) as loaded,
     ):
         talk = ChatSession(
             loaded,

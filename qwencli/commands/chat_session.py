@@ -16,7 +16,7 @@ from qwencli.commands.chat_settings import (
     parse_switch,
     with_setting,
 )
-from qwencli.commands.conversation import Conversation, text_of, visuals_of
+from qwencli.commands.conversation import PICTURES, Conversation, text_of, visuals_of
 from qwencli.commands.requests import (
     OPENING_ERRORS,
 )
@@ -24,6 +24,7 @@ from qwencli.commands.saved_chat import (
     write_chat,
 )
 from qwencli.commands.typed_paths import dropped_files, mentioned_files, split_paths
+from qwencli.engine.abilities import Abilities
 from qwencli.errors import (
     EndpointError,
     InputError,
@@ -229,6 +230,7 @@ class ChatSession(Conversation):
         self._attach(paths, opened)
 
     def _attach(self, paths: Sequence[Path], opened: Callable[[Path], VisualPart]) -> None:
+        self._check(PICTURES)
         failures: list[QwenCliError] = []
         for path in paths:
             try:
@@ -271,13 +273,13 @@ class ChatSession(Conversation):
         name, value = parse_setting(rest) if rest else ("", "")
         if name == "thinking":
             thinking = parse_switch(name, value)
-            self._check_thinking(thinking)
+            self._check(Abilities(thoughts=thinking))
             self._thinking, self._unasked = thinking, 0
             if self._thinking_budget == 0:
                 self._thinking_budget = None
         elif name == "thinking_budget":
             budget = parse_budget(value)
-            self._check_thinking(bool(budget))
+            self._check(Abilities(thoughts=bool(budget)))
             self._thinking_budget = budget
             # As on the command line: who bounds thoughts wants some, and 0 means none.
             if self._thinking_budget is not None:

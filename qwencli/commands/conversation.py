@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwencli.answer_report import caption_record, shortfall, stats_line, unshown
-from qwencli.capabilities import check_thinking
 from qwencli.commands.answer_display import Display, PlainDisplay, SilentDisplay
 from qwencli.commands.chat_settings import (
     override_saved,
@@ -29,10 +28,8 @@ from qwencli.commands.saved_chat import (
     write_chat,
 )
 from qwencli.config import SamplingOptions
-from qwencli.errors import (
-    OutputError,
-    UsageError,
-)
+from qwencli.engine.abilities import Abilities, check_loaded
+from qwencli.errors import OutputError, UnsupportedModeError, UsageError
 from qwencli.messages import (
     GenerationRequest,
     ImagePart,
@@ -47,6 +44,8 @@ from qwencli.output import Output, counted
 if TYPE_CHECKING:
     from qwencli.engine.protocol import Engine
     from qwencli.results import GenerationChunk, GenerationResult
+
+PICTURES = Abilities(pictures=True)
 
 
 @dataclass(frozen=True)
@@ -209,9 +208,9 @@ class Conversation:
     def _open_video(self, path: Path) -> VisualPart:
         return open_video(path, self._frames, self._all_pictures())
 
-    def _check_thinking(self, wanted: bool) -> None:
-        """Raises UsageError: the model has no thoughts."""
-        check_thinking(self._model, can_think=self._engine.can_think, wanted=wanted)
+    def _check(self, wanted: Abilities) -> None:
+        """Raises UsageError: the model cannot do that."""
+        check_loaded(self._model, self._engine, wanted)
 
     def _last_question(self) -> Message:
         """What was asked last, which is then neither asked nor answered."""
@@ -252,8 +251,9 @@ class Conversation:
         for file in files:
             opened = self._open_picture if file.kind == "image" else self._open_video
             try:
+                self._check(PICTURES)
                 yield opened(Path(file.path))
-            except OPENING_ERRORS as error:
+            except (*OPENING_ERRORS, UnsupportedModeError) as error:
                 # What was said about it is still there.
                 self._sink.error(error)
 

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwencli.capabilities import check_thinking
 from qwencli.commands.options import RunOptions
 from qwencli.config import EngineConfig, EngineName, LoadFormat, ModelSource, ModelSpec
 from qwencli.dataset.named_inputs import StdinPart, local_path, url_part
+from qwencli.engine.abilities import Abilities, check_loaded, fetch_model
 from qwencli.errors import (
     AnswerError,
     InputError,
@@ -127,21 +127,21 @@ def _is_offline(run: RunOptions) -> bool:
 
 @contextmanager
 def running_engine(
-    config: EngineConfig, sink: Output, keep_s: float | None = 0.0, *, thinking: bool = False
+    config: EngineConfig, sink: Output, keep_s: float | None, wanted: Abilities
 ) -> Iterator[Engine]:
     """An engine, loaded, closed at the end whatever happens.
 
     Args:
         keep_s: above 0 it is the resident one, which stays so long after the last request; None =
             it is that one where it has this model loaded already. 0 = it runs in this process.
-        thinking: its answers have to have thoughts.
+        wanted: of its model.
 
     Raises:
-        UsageError: its model has no thoughts, which is told before the load where its files are
+        UsageError: its model cannot do that, which is told before the load where its files are
             here; and whatever `Engine.load` raises.
     """
-    engine = None if keep_s == 0 else _resident(config, sink, keep_s, thinking=thinking)
-    engine = engine or _loaded_here(config, sink, thinking=thinking)
+    engine = None if keep_s == 0 else _resident(config, sink, keep_s, wanted)
+    engine = engine or _loaded_here(config, sink, wanted)
     said = engine.load_warnings
     try:
         for warning in said:
@@ -150,7 +150,7 @@ def running_engine(
             sink.notice(
                 f"--max-seq-len auto: {engine.max_seq_len}{memory_figures(engine.memory_plan)}"
             )
-        check_thinking(config.model.name, can_think=engine.can_think, wanted=thinking)
+        check_loaded(config.model.name, engine, wanted)
         yield engine
     finally:
         engine.close()
@@ -160,13 +160,13 @@ def running_engine(
 
 
 def _resident(
-    config: EngineConfig, sink: Output, keep_s: float | None, *, thinking: bool
+    config: EngineConfig, sink: Output, keep_s: float | None, wanted: Abilities
 ) -> Engine | None:
     """The resident engine with this model loaded; None where it cannot be used now."""
     from qwencli.server.resident_state import read_state, state_folder
 
     if keep_s is not None:
-        fetch_model(config, thinking=thinking)
+        fetch_model(config, wanted)
     elif read_state(state_folder()) is None:
         return None  # as on most machines, most of the time
     from qwencli.server.resident_engine import ResidentEngine
@@ -184,7 +184,7 @@ def _resident(
     return engine
 
 
-def _loaded_here(config: EngineConfig, sink: Output, *, thinking: bool) -> Engine:
+def _loaded_here(config: EngineConfig, sink: Output, wanted: Abilities) -> Engine:
     from qwencli.engine.factory import create_engine
 
     with sink.status(f"starting {config.model.name}"):
@@ -204,7 +204,7 @@ def _loaded_here(config: EngineConfig, sink: Output, *, thinking: bool) -> Engin
 
                 trace_kernels(device)
     # Here and not in load(): the download's own progress bars need the terminal to themselves.
-    fetch_model(config, thinking=thinking)
+    fetch_model(config, wanted)
     try:
         with sink.status(f"loading {config.model.name}", reading_speed(engine)):
             engine.load()
@@ -239,27 +239,6 @@ def _with_resident(error: OutOfMemoryError) -> OutOfMemoryError:
         return error
     hint = f"qwencli stop frees what {there.model} takes, which is kept loaded"
     return OutOfMemoryError(error.message, f"{hint}; or {error.hint}" if error.hint else hint)
-
-
-def fetch_model(config: EngineConfig, *, thinking: bool = False) -> None:
-    """Download a model's files where they are not here yet.
-
-    Args:
-        thinking: its answers have to have thoughts.
-
-    Raises:
-        UsageError: its chat template has none.
-    """
-    if config.model.source is ModelSource.REMOTE:
-        return
-    if config.model.path is None and config.load_format is LoadFormat.AUTO:
-        from qwencli.models.resolve import locate
-
-        locate(config.model, offline=config.offline, allow_pickle=config.allow_pickle)
-    if thinking:
-        from qwencli.engine.factory import check_thoughts
-
-        check_thoughts(config)
 
 
 def memory_figures(plan: Mapping[str, int]) -> str:

@@ -44,9 +44,9 @@ def serve(
     from qwencli.commands.requests import (
         announce_model,
         choose_model,
-        fetch_model,
         reading_speed,
     )
+    from qwencli.engine.abilities import Abilities, fetch_model
     from qwencli.engine.factory import create_engine
     from qwencli.engine.resolve import resolve_device
     from qwencli.server.engine_thread import EngineThread
@@ -76,7 +76,7 @@ def serve(
     with sink.status(f"starting {spec.name}"):
         engine = create_engine(config)
         resolve_device(config.device)
-    fetch_model(config)
+    fetch_model(config, Abilities())
     thread = EngineThread(engine)
     aliases = {str(each) for each in (run.model, spec.repo_id) if each} - {spec.name}
     settings = ServerSettings(

@@ -22,6 +22,7 @@ from qwencli.dataset.pipeline import Stages, Task
 from qwencli.dataset.prompting import PromptSet, Question, Template
 from qwencli.dataset.retries import CHANGES, DEFAULT_RETRIES, retry_of
 from qwencli.dataset.sources import Item, Listing, Slot
+from qwencli.engine.abilities import Abilities
 from qwencli.errors import CaptionError, InputError
 from qwencli.messages import GenerationRequest, Message, VisualPart, user_message
 from qwencli.results import GenerationResult
@@ -47,6 +48,11 @@ class CaptionConfig:
     schema: str | None = None
     boxes: bool = False
     thinking_budget: int | None = None
+
+    @property
+    def wanted(self) -> Abilities:
+        """Of the model."""
+        return Abilities(pictures=True, thoughts=bool(self.thinking_budget))
 
     def settings(self) -> dict[str, Any]:
         """What decides over captions, for the manifest and for telling runs apart."""

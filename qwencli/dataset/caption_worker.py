@@ -12,7 +12,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from qwencli.capabilities import check_thinking
 from qwencli.config import EngineConfig, EngineName, LoadFormat, ModelSpec
 from qwencli.dataset.pipeline import Outcome, Task, outcomes
 from qwencli.errors import UsageError
@@ -122,14 +121,9 @@ def adapt_to_model(engine: Engine, processor: CaptionProcessor) -> WorkerReady:
     and how it counts in boxes.
 
     Raises:
-        UsageError: it cannot do what `processor` wants of it.
+        UsageError: it is not known how it counts in boxes, which `processor` wants.
     """
     config = engine.config
-    check_thinking(
-        config.model.name,
-        can_think=engine.can_think,
-        wanted=bool(processor.config.thinking_budget),
-    )
     processor.max_seq_len = engine.max_seq_len
     if processor.config.boxes:
         processor.count_boxes_in(_box_grid(engine))

@@ -18,6 +18,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from qwencli.config import EngineConfig, ModelSource, ModelSpec
+from qwencli.engine.abilities import Abilities, check_loaded
 from qwencli.engine.openai_client import (
     CONNECT_S,
     ROWS,
@@ -177,6 +178,7 @@ class EndpointPool:
 
         Raises:
             InputError, AnswerError: this request has no answer.
+            UnsupportedModeError: the server's model cannot do what it asks for.
             EndpointError: no server is left.
         """
         sent, started_s = await self._loop.run_in_executor(self._openers, _prepare, source, config)
@@ -298,6 +300,8 @@ class EndpointPool:
         client, endpoint = member.client, member.endpoint
         if not endpoint.model:  # it did not answer before
             await client.learn_model(ModelSpec(self.first_model, ModelSource.REMOTE))
+        wanted = Abilities(pictures=bool(sent.names), thoughts=sent.wants_thoughts)
+        check_loaded(endpoint.model, endpoint, wanted)
         reader = AnswerReader(sent, started_s, endpoint.name)
         told = False
         try:

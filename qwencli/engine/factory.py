@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwencli.capabilities import Need, check_thinking
+from qwencli.capabilities import Need
 from qwencli.config import EngineConfig, EngineName, LoadFormat, Quantization
 from qwencli.engine.protocol import Engine
 from qwencli.errors import ModelFileError, UsageError
@@ -79,31 +79,6 @@ def check_config(config: EngineConfig, engine: EngineName) -> None:
         check_seq_len(config, text.max_position_embeddings)
         traits = text.traits if engine is EngineName.NATIVE else {}
     check_modes(config, engine, lacks, traits)
-
-
-def check_thoughts(config: EngineConfig) -> None:
-    """Refuse thoughts of a model whose chat template has none, before its weights are read.
-
-    Raises:
-        UnsupportedModeError: there cannot be any.
-        ModelFileError, DownloadError: the model's files are not usable, or not to be had.
-    """
-    from qwencli.engine.frontend.chat_template import ChatTemplate
-    from qwencli.engine.frontend.processor_config import VISION_FAMILIES
-    from qwencli.engine.frontend.prompt import can_think
-    from qwencli.models.builtin import bundled_folder
-    from qwencli.models.folder import read_config
-    from qwencli.models.resolve import dummy_config, locate
-
-    model = config.model
-    if config.load_format is LoadFormat.DUMMY:
-        folder, hub_config = bundled_folder(), dummy_config(model)
-    else:
-        folder = locate(model, offline=config.offline, allow_pickle=config.allow_pickle)
-        hub_config = read_config(folder)
-    as_parts = hub_config.get("model_type") in VISION_FAMILIES
-    thinks = can_think(ChatTemplate.from_folder(folder), as_parts=as_parts)
-    check_thinking(model.name, can_think=thinks, wanted=True)
 
 
 def create_engine(config: EngineConfig) -> Engine:

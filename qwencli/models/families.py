@@ -474,6 +474,12 @@ REFUSED: Mapping[str, str] = {
 INSTEAD = "qwen3.5-9b looks at pictures, or any other of: qwencli models"
 
 
+def can_see(model_type: object) -> bool | None:
+    """Whether models of this `model_type` look at pictures; None for a family not known here."""
+    family = FAMILIES.get(str(model_type))
+    return None if family is None else family.vision is not None
+
+
 def supported() -> str:
     """The supported `model_type`s as one phrase for error lines."""
     return ", ".join(FAMILIES)

@@ -12,12 +12,21 @@ from qwencli.comfyui import comfy_host
 from qwencli.comfyui.engine_keeper import EngineKeeper, EngineKey, StoppableEngine
 from qwencli.comfyui.schemas import RunsWhere
 from qwencli.config import EngineConfig, ModelSource, ModelSpec
+from qwencli.engine.abilities import Abilities
 from qwencli.engine.protocol import stream_alone
-from qwencli.errors import EngineError, InputError, OutOfMemoryError, OutputError
+from qwencli.errors import (
+    EngineError,
+    InputError,
+    OutOfMemoryError,
+    OutputError,
+    UnsupportedModeError,
+)
 from qwencli.messages import GenerationRequest
 from qwencli.server import resident
 from tests.comfyui.comfy_stub import InterruptProcessingException, Management
 from tests.dataset.fake_engine import FakeEngine
+
+TEXT = Abilities()
 
 
 class Made:
@@ -31,7 +40,7 @@ class Made:
         self.refuse: Callable[[], None] = lambda: None
         self.keeper = EngineKeeper(self._create)
 
-    def _create(self, wanted: EngineKey, keep_s: float) -> Any:
+    def _create(self, wanted: EngineKey, keep_s: float, abilities: Abilities) -> Any:
         made = self
 
         class Engine(FakeEngine):
@@ -60,7 +69,7 @@ def made(management: Management) -> Made:
 
 
 def use(made: Made, name: str = "a", keep_s: float = 60) -> None:
-    with made.keeper.using(wanted(name), keep_s):
+    with made.keeper.using(wanted(name), keep_s, TEXT):
         pass
 
 
@@ -72,6 +81,33 @@ def test_it_is_kept_and_swapped(made: Made) -> None:
     assert (made.loaded, made.closed) == (["a", "b"], ["a"])
     made.keeper.close()
     assert made.closed == ["a", "b"] and not made.keeper.is_loaded
+
+
+def test_what_is_refused_without_a_load_leaves_what_is_loaded(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(made)
+
+    def refuse(*_: Any) -> Any:
+        raise UnsupportedModeError("b reads text only")
+
+    monkeypatch.setattr(made.keeper, "_create", refuse)
+    with pytest.raises(UnsupportedModeError):
+        use(made, "b")
+    use(made)
+    assert (made.loaded, made.closed) == (["a"], [])
+
+
+def test_what_is_loaded_is_asked_what_it_can(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(made)
+    monkeypatch.setattr(FakeEngine, "model_type", "qwen3")
+    with (
+        pytest.raises(UnsupportedModeError, match="a reads text only"),
+        made.keeper.using(wanted(), 60, Abilities(pictures=True)),
+    ):
+        pytest.fail("it is asked")
+    use(made)
+    assert (made.loaded, made.closed) == (["a"], [])
 
 
 def test_a_node_that_keeps_nothing_leaves_nothing(made: Made) -> None:
@@ -86,7 +122,7 @@ def test_it_goes_when_it_is_idle(made: Made) -> None:
         time.sleep(0.01)
     assert made.closed == ["a"]
     use(made, keep_s=0.5)
-    with made.keeper.using(wanted(), 60):
+    with made.keeper.using(wanted(), 60, TEXT):
         time.sleep(0.7)  # that of the use before does not end this one
     assert made.keeper.is_loaded and made.loaded == ["a", "a"]
 
@@ -109,7 +145,7 @@ def test_comfyui_gets_the_memory_when_it_wants_it(made: Made, management: Manage
     management.free_memory(2**40, None, for_dynamic=True)
     assert made.closed == ["a"] * 3
     management.unload_all_models()  # nothing is there
-    with made.keeper.using(wanted(), 60):
+    with made.keeper.using(wanted(), 60, TEXT):
         management.unload_all_models()
         thread = threading.Thread(target=management.unload_all_models)
         thread.start()
@@ -126,7 +162,7 @@ def test_a_resident_process_that_does_not_end_is_no_fault_of_comfyuis_model(
 
     monkeypatch.setattr(resident, "status", lambda: SimpleNamespace(running=0))
     monkeypatch.setattr(resident, "stop", stop)
-    with made.keeper.using(wanted(runs=RunsWhere.RESIDENT), 60):
+    with made.keeper.using(wanted(runs=RunsWhere.RESIDENT), 60, TEXT):
         pass
     assert management.free_memory(2**40, "cpu") == []
     assert made.closed == ["a"] and not made.keeper.is_loaded
@@ -163,10 +199,10 @@ def test_out_of_memory_while_loading_asks_comfyui_once(made: Made, management: M
 
 def test_what_nobody_foresaw_takes_the_engine_along(made: Made) -> None:
     for known in (InputError("a wrong picture"), InterruptProcessingException()):
-        with pytest.raises(type(known)), made.keeper.using(wanted(), 60):
+        with pytest.raises(type(known)), made.keeper.using(wanted(), 60, TEXT):
             raise known
         assert made.closed == []
-    with pytest.raises(RuntimeError), made.keeper.using(wanted(), 60):
+    with pytest.raises(RuntimeError), made.keeper.using(wanted(), 60, TEXT):
         raise RuntimeError("the device is lost")
     assert made.closed == ["a"]
 
@@ -176,18 +212,18 @@ def test_one_node_after_the_other_has_it(made: Made) -> None:
 
     def second() -> None:
         inside.wait(5)
-        with made.keeper.using(wanted("b"), 60):
+        with made.keeper.using(wanted("b"), 60, TEXT):
             order.append("second")
 
     thread = threading.Thread(target=second)
     thread.start()
-    with made.keeper.using(wanted(), 60):
+    with made.keeper.using(wanted(), 60, TEXT):
         inside.set()
         time.sleep(0.05)
         order.append("first")
     thread.join(5)
     assert order == ["first", "second"] and made.closed == ["a"]
-    with made.keeper.using(wanted("b"), 60), pytest.raises(EngineError):
+    with made.keeper.using(wanted("b"), 60, TEXT), pytest.raises(EngineError):
         use(made, "b")
     made.keeper.close()
 

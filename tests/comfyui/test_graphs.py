@@ -48,7 +48,7 @@ def engine_that(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answers], FakeEngi
     def made(answer: Answers) -> FakeEngine:
         engine = FakeEngine(answer=answer)
 
-        def create(wanted: Any, keep_s: float) -> Any:
+        def create(wanted: Any, keep_s: float, abilities: Any) -> Any:
             engine.config = wanted.config
             return engine
 
@@ -410,6 +410,42 @@ def test_what_is_wrong_is_one_line(
     with pytest.raises(NodeError, match=line) as found:
         graph.one(node, **inputs)
     assert "\n" not in str(found.value) and "--" not in str(found.value)
+
+
+PICTURE, FOLDER = {"images": ["scene"]}, {"path": str(EXAMPLES)}
+THOUGHTS = {"thinking_budget": 9}
+
+
+@pytest.mark.parametrize(
+    ("node", "family", "inputs", "line"),
+    [
+        ("QwencliCaption", "qwen3", PICTURE, "qwen3 reads text only"),
+        ("QwencliChat", "qwen3", {"prompt": "x", **PICTURE}, "qwen3 reads text only"),
+        ("QwencliCaptionFolder", "qwen3", FOLDER, "qwen3 reads text only"),
+        ("QwencliStructuredCaption", "qwen3", {**PICTURE, "schema": "{}"}, "qwen3 reads text"),
+        ("QwencliBoxes", "qwen3", PICTURE, "qwen3 reads text only"),
+        ("QwencliCaption", "qwen3_vl", {**PICTURE, "think": True}, "qwen3_vl cannot think"),
+        ("QwencliChat", "qwen3", {"prompt": "x", **THOUGHTS}, "qwen3 cannot think"),
+        ("QwencliCaptionFolder", "qwen3_vl", FOLDER | THOUGHTS, "qwen3_vl cannot think"),
+        ("QwencliBoxes", "qwen3_vl", PICTURE | THOUGHTS, "qwen3_vl cannot think"),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused_before_it_is_loaded(
+    graph: Graph, management: Management, checkpoint: Any, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, node: str, family: str, inputs: Any, line: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(
+        "qwencli.engine.base_engine.BaseEngine.load", lambda _: pytest.fail("weights are read")
+    )
+    folder = tmp_path / family
+    folder.symlink_to(checkpoint(family))
+    named = BASE | {"custom_model": str(folder)} | inputs
+    known = {each.id for each in graph.classes[node].GET_SCHEMA().inputs}
+    if node == "QwencliCaptionFolder":
+        named["output"] = str(tmp_path / "out.jsonl")
+    with pytest.raises(NodeError, match=line) as found:
+        graph.one(node, **{name: value for name, value in named.items() if name in known})
+    assert "\n" not in str(found.value)
 
 
 def test_a_wrong_model_is_refused_before_anything_runs(

@@ -200,9 +200,35 @@ def test_pixels_bound_the_picture(caption, tmp_path, capsys):
     assert image_tokens("--min-pixels", "200000", "--max-pixels", "300000") > 64
 
 
-def test_a_text_model_refuses_pictures(caption, pictures, capsys):
-    assert caption(pictures[0], family="qwen3") == 1
-    assert "reads text only" in capsys.readouterr().err
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("--json",),
+        ("--multi-image",),
+        ("--schema", "boxes"),
+        ("--samples", "2", "--temperature", "1"),
+        ("--load-format", "dummy"),
+        ("--engine", "native"),
+        ("FOLDER",),
+        ("FOLDER", "--device", "auto", "--devices", "cpu,cpu"),
+    ],
+)
+def test_a_text_model_refuses_pictures_before_it_is_loaded(caption, pictures, capsys, asked):
+    folder = Path(pictures[0]).parent
+    inputs = [str(folder)] if "FOLDER" in asked else pictures
+    assert caption(*inputs, *(each for each in asked if each != "FOLDER"), family="qwen3") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("reads text only: it cannot look at pictures") == 1
+    assert err.count("error:") == 1 and "--model qwen3-vl-4b" in err
+    assert not list(folder.glob("*.txt"))
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_text_model_refuses_pictures_before_its_download(caption, pictures, capsys, monkeypatch):
+    monkeypatch.setattr("qwencli.models.resolve.locate", lambda *_, **__: pytest.fail("a download"))
+    assert run(["caption", pictures[0], "--model", "qwen3-8b", "--device", "cpu"]) == 2
+    assert "qwen3-8b reads text only" in capsys.readouterr().err
 
 
 def test_sampling_flags_reach_the_engine(caption, pictures, capsys):

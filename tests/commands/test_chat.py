@@ -40,7 +40,7 @@ class Listening:
 
     def __init__(self, engine):
         self.engine, self.requests = engine, []
-        self.can_think = True
+        self.can_think, self.model_type = True, engine.model_type
 
     def stream(self, request):
         self.requests.append(request)
@@ -361,6 +361,19 @@ def test_a_model_without_thoughts_is_not_switched_to_them(talk, capsys):
     assert [request.thinking for request in talk.heard] == [False]
 
 
+def test_a_text_model_is_shown_no_picture_and_the_talk_goes_on(talk, picture_path, capsys):
+    file = picture_path.parent / "talk.json"
+    converse(talk, f"/image {picture_path}", "one", f"/save {file}", "/clear")
+    talk._engine.model_type = "qwen3"
+    converse(talk, f"/image {picture_path}", f"look: @'{picture_path}'", "two")
+    assert capsys.readouterr().err.count("tiny reads text only") == 2
+    converse(talk, f"/load {file}", "three")
+    assert capsys.readouterr().err.count("tiny reads text only") == 1
+    assert [questions(request)[-1] for request in talk.heard] == ["one", "two", "three"]
+    shown = [part for request in talk.heard[1:] for each in request.messages for part in each.parts]
+    assert {type(part) for part in shown} == {TextPart}
+
+
 @pytest.mark.parametrize(
     ("said", "told"),
     [
@@ -499,6 +512,17 @@ def test_one_shot_with_a_picture(checkpoint, picture_path, capsys):
     record = json.loads(capsys.readouterr().out)
     assert record["num_image_tokens"] == 4
     assert record["image"] == str(picture_path)
+
+
+@pytest.mark.parametrize("question", [("What is it?",), ()])
+def test_a_picture_for_a_text_model_is_refused_before_it_is_loaded(
+    checkpoint, picture_path, capsys, monkeypatch, question
+):
+    loaded = "qwencli.engine.base_engine.BaseEngine.load"
+    monkeypatch.setattr(loaded, lambda _: pytest.fail("weights are read"))
+    assert chat(checkpoint, *question, "--image", str(picture_path), family="qwen3") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("reads text only") == 1
 
 
 def test_one_shot_with_a_text_model(checkpoint, capsys):

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,13 @@ from qwencli.engine.client import generate_many
 from qwencli.engine.machine.device import DeviceFacts
 from qwencli.engine.openai_client import OpenAIClient, endpoint_url
 from qwencli.engine.remote import RemoteEngine
-from qwencli.errors import AnswerError, EndpointError, InputError, UsageError
+from qwencli.errors import (
+    AnswerError,
+    EndpointError,
+    InputError,
+    UnsupportedModeError,
+    UsageError,
+)
 from qwencli.messages import GenerationRequest, ImagePart, user_message
 from tests.engine.openai_server import MODEL, StandIn, seen
 
@@ -170,6 +177,27 @@ def test_a_server_says_of_what_kind_its_model_is_and_so_how_it_counts_in_boxes(
     assert '"bbox_2d": [0, 15, 40, 30]' in capsys.readouterr().out
     with StandIn().running() as other, engine(server, other) as remote_engine:
         assert remote_engine.model_type is None  # either may be asked
+
+
+@pytest.mark.parametrize(
+    ("says", "flags", "line"),
+    [
+        ({"can_think": False}, ("--think",), "cannot think before it answers"),
+        ({"can_think": False}, ("--schema", "boxes", "--thinking-budget", "9"), "cannot think"),
+        ({"model_type": "qwen3"}, (), "reads text only"),
+    ],
+)
+def test_what_a_server_of_ours_says_its_model_cannot_do_is_not_asked_of_it(
+    server: StandIn, pictures: list[Path], capsys: pytest.CaptureFixture[str], says, flags, line
+) -> None:
+    server.models = [{"id": MODEL, "owned_by": "qwencli", "model_type": "qwen3_vl"} | says]
+    assert caption(pictures[0], *flags, "--endpoint", server.url) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("error:") == 1 and f"{MODEL} {line}" in err
+    assert caption(pictures[0].parent, *flags[-2:], "--endpoint", server.url) in (1, 2)
+    with engine(server) as remote_engine, pytest.raises(UnsupportedModeError, match=line):
+        remote_engine.generate(replace(asked(), thinking=True))
+    assert server.bodies == []
 
 
 def test_a_server_that_ignores_thinking_is_told_of(server: StandIn) -> None:

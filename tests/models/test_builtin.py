@@ -8,7 +8,7 @@ import transformers
 from transformers.initialization import no_init_weights
 
 from qwencli.models.builtin import BUILTINS, DECODERS, ENTRIES, TOWERS, find_builtin, hub_config
-from qwencli.models.families import FAMILIES
+from qwencli.models.families import FAMILIES, can_see
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.tensors import expected_tensors, parameter_count
 
@@ -136,6 +136,13 @@ def test_table_has_no_dangling_or_unused_rows():
     assert {entry.decoder for entry in ENTRIES} == set(DECODERS)
     assert {entry.tower for entry in ENTRIES if entry.tower} == set(TOWERS)
     assert {entry.model_type for entry in ENTRIES} == set(FAMILIES)
+
+
+def test_models_that_look_at_pictures_are_those_whose_pictures_are_prepared():
+    from qwencli.engine.frontend.processor_config import VISION_FAMILIES
+
+    assert {family for family in FAMILIES if can_see(family)} == VISION_FAMILIES
+    assert can_see("something_else") is can_see(None) is None
 
 
 def test_hub_config_is_a_fresh_copy():

@@ -38,6 +38,7 @@ from qwencli.config import (
     SamplingOptions,
 )
 from qwencli.engine import client
+from qwencli.engine.abilities import Abilities
 from qwencli.engine.client import REQUESTS_AHEAD
 from qwencli.errors import (
     EngineError,
@@ -212,16 +213,16 @@ def test_one_that_is_there_and_fits_is_used_where_nothing_is_said(
 ) -> None:
     fits = replace(CONFIG, load_format=LoadFormat.DUMMY)
     other = replace(fits, quantization=Quantization.FP8)
-    with running_engine(fits, Output(), None) as here:
+    with running_engine(fits, Output(), None, Abilities()) as here:
         assert here is made.pop() and read_state(own_state) is None  # none is started
     with serving(own_state) as server:
         with engine(fits, 45.0) as kept:
             kept.generate(asked())
-        with running_engine(fits, Output(), None) as there:
+        with running_engine(fits, Output(), None, Abilities()) as there:
             assert isinstance(there, ResidentEngine) and there.generate(asked()).text
         assert len(made) == 1 and server.status()["until_s"] > 40
         for config, keep_s in ((other, None), (fits, 0.0)):
-            with running_engine(config, Output(), keep_s) as here:
+            with running_engine(config, Output(), keep_s, Abilities()) as here:
                 assert here is made.pop()
         assert server.has(fits)  # another model does not take its place
 

@@ -34,6 +34,7 @@ from qwencli.config import (
     Speculate,
 )
 from qwencli.errors import BenchError
+from qwencli.models.families import can_see
 
 FORMAT = 1
 
@@ -265,8 +266,8 @@ class Plan:
 
 
 def takes_images(model: ModelSpec) -> bool:
-    """Whether the model has a vision tower; a model whose shapes are unknown is taken to."""
-    return model.hub_config is None or "vision_config" in model.hub_config
+    """Whether the model looks at pictures; one that is not known here is taken to."""
+    return can_see((model.hub_config or {}).get("model_type")) is not False
 
 
 def check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:

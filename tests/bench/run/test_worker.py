@@ -110,7 +110,7 @@ def test_unexpected_errors_are_not_hidden():
 
 @pytest.mark.parametrize(
     ("hub_config", "wanted"),
-    [(None, True), ({"vision_config": {}}, True), ({"hidden_size": 8}, False)],
+    [(None, True), ({"model_type": "qwen3_vl"}, True), ({"model_type": "qwen3"}, False)],
 )
 def test_text_models_get_no_image(hub_config, wanted):
     assert takes_images(ModelSpec("m", ModelSource.LOCAL, hub_config=hub_config)) is wanted
