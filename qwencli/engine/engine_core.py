@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
 from qwencli.config import SamplingParams
@@ -178,15 +179,23 @@ class EngineCore:
             batch = self._scheduler.schedule(
                 streamed=self._num_streams > 0, coming=len(self._inputs)
             )
-        step = None if batch is None else self._run(batch)
-        outputs, self._failed = self._failed, []
-        if self._step is not None:
-            with span("read step"):
-                outputs += self._read(self._step)
-        if step is not None and step.unsampled is not None:
-            with span("sample"):
-                step.copies.append(self._sample(step.unsampled))
+        outputs: list[StepOutput] = []
+        try:
+            step = None if batch is None else self._run(batch)
+            if self._step is not None:
+                with span("read step"):
+                    self._read(self._step, outputs)
+            if step is not None and step.unsampled is not None:
+                with span("sample"):
+                    self._sample(step, step.unsampled)
+        except Exception as error:
+            if is_device_lost(error):
+                raise  # for all of them
+            step = None
+            self._fail_running(error)
         self._step = step
+        outputs += self._failed
+        self._failed = []
         if step is None and not outputs:
             self._inputs.wait()
         return outputs
@@ -225,7 +234,7 @@ class EngineCore:
         if self._clock is None:
             self._clock = EventTimer(self._effective.device)
         step = _Step(alone=not batch.prefill and batch.encode is None)
-        self._runner.rearrange(batch.moves, batch.released, batch.restored)
+        self._rearrange(batch)
         if batch.encode is not None:
             with span("vision"), undisturbed():
                 self._encode(batch.encode, self._clock)
@@ -260,16 +269,34 @@ class EngineCore:
                 ]
             return
         # Outside the handler: until it ends, the traceback holds the tensors that must go.
+        active.prompt.visuals[index].encoding = None
         self._release()
-        self._fail(active, failure)
+        if isinstance(failure, OutOfMemoryError) and not sequence.alone:
+            sequence.alone = True  # once more, with what was given back
+            self._scheduler.requeue(sequence)
+        else:
+            self._fail(active, failure)
+
+    def _rearrange(self, batch: Batch) -> None:
+        """Rows take their places; once more, with what was given back, where memory is short."""
+        for last_try in (False, True):
+            try:
+                self._runner.rearrange(batch.moves, batch.released, batch.restored)
+            except (RuntimeError, MemoryError) as error:
+                if last_try or not is_out_of_memory(error):
+                    raise
+            else:
+                return
+            self._release()
 
     def _decode(self, decode: list[Sequence], clock: EventTimer, step: _Step) -> None:
         """Run a token of each; where memory does not suffice even when what is free has been given
-        back, without those that came last."""
+        back, fewer rows from the next step on."""
+        self._runner.most_rows = self._scheduler.step_rows
         waiting = len(self._scheduler.waiting) + len(self._inputs)
-        tried = False
-        while decode:
+        for _ in range(2):
             prompts = [self._active[each.request].prompt for each in decode]
+            size, self._runner.is_half_taken = 0, False
             try:
                 if any(each.constrained for each in decode):
                     step.unsampled = self._runner.decode_logits(decode, prompts, waiting)
@@ -282,18 +309,46 @@ class EngineCore:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                device, doing = self._effective.device, f"running {len(decode)} answers at once"
-                failure = out_of_memory_error(device, doing, error)
+                failure = self._no_memory_for(decode, error)
             else:
                 return
             # Outside the handler: until it ends, the traceback holds the tensors that must go.
             self._release()
             self._drafts = None  # steps of several tokens need graphs of their own
-            if tried:
-                last = max(decode, key=lambda each: each.request)
-                decode.remove(last)
-                self._fail(self._active[last.request], failure)
-            tried, waiting = True, 0
+            for each in decode:
+                each.num_ahead -= max(0, size - 1)
+            if self._runner.is_half_taken:
+                break
+            waiting = 0
+        self._run_fewer(decode, failure, half_taken=self._runner.is_half_taken)
+
+    def _no_memory_for(
+        self, sequences: SequenceOf[Sequence], error: BaseException
+    ) -> OutOfMemoryError:
+        doing = f"running {len(sequences)} answers at once"
+        return out_of_memory_error(self._effective.device, doing, error)
+
+    def _run_fewer(
+        self, sequences: list[Sequence], failure: OutOfMemoryError, *, half_taken: bool
+    ) -> None:
+        """A step of these has found no memory: half of its rows take it again, and the others when
+        there is a row free. One that finds none alone has failed, and so have all where nobody
+        knows whose token was chosen."""
+        active = [self._active[each.request] for each in sequences]
+        rows = self._runner.rows_of(sequences)
+        if half_taken or rows == 1:
+            for each in active:
+                self._fail(each, failure)
+            return
+        fewer = rows // 2
+        self._scheduler.run_fewer(sequences, fewer)
+        self._say_short(active[0], "one answer runs" if fewer == 1 else f"{fewer} answers run")
+
+    def _say_short(self, active: _Active, what: str) -> None:
+        """Tell one of them, once, that memory is short."""
+        if not self._said_short:
+            self._said_short = True
+            active.answer.notes.append(f"memory is short: {what} at a time from here on")
 
     def _draft_size(self, decode: list[Sequence], prompts: list[RunnerPrompt]) -> int:
         """How many tokens of each row the next step checks; 0 = it is an ordinary one."""
@@ -304,15 +359,34 @@ class EngineCore:
         texts = [self._active[each.request].acceptance for each in decode]
         return self._drafts.next(self._runner.rows_of(decode), texts)
 
-    def _sample(self, unsampled: Unsampled) -> TokenCopy:
-        """Choose the tokens of a step whose logits the device works on meanwhile."""
+    def _sample(self, step: _Step, unsampled: Unsampled) -> None:
+        """Choose the tokens of a step whose logits the device works on meanwhile; where memory is
+        short as `_decode`."""
         assert self._clock is not None, "steps have run"
-        matchers = [
-            (active.answer.matcher, row)
-            for sequence, row in zip(unsampled.sequences, unsampled.rows, strict=True)
-            if (active := self._still(sequence)) and active.answer.matcher is not None
-        ]
-        return self._runner.sample(unsampled, matchers, self._clock)
+        for _ in range(2):
+            matchers = [
+                (active.answer.matcher, row)
+                for sequence, row in zip(unsampled.sequences, unsampled.rows, strict=True)
+                if (active := self._still(sequence)) and active.answer.matcher is not None
+            ]
+            self._runner.is_half_taken = False
+            try:
+                step.copies.append(self._runner.sample(unsampled, matchers, self._clock))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = self._no_memory_for(unsampled.sequences, error)
+            else:
+                return
+            # Outside the handler: until it ends, the traceback holds the tensors that must go.
+            self._release()
+            if self._runner.is_half_taken:
+                break
+        left = [each for each in unsampled.sequences if self._still(each)]
+        if left:
+            # States went on with the logits.
+            half_taken = self._runner.is_half_taken or self._runner.states is not None
+            self._run_fewer(left, failure, half_taken=half_taken)
 
     def _prefill(self, chunks: tuple[PromptChunk, ...], clock: EventTimer, step: _Step) -> None:
         """Run prompts; where memory does not suffice, fewer of them, and one that does not fit
@@ -348,9 +422,8 @@ class EngineCore:
         again = len(active) > 1
         if isinstance(failure, OutOfMemoryError):
             said = self._back_off(chunks)
-            if said is not None and not self._said_short:
-                active[0].answer.notes.append(said)
-                self._said_short = True
+            if said is not None:
+                self._say_short(active[0], said)
             # What nothing can be cut of may have enough in what was given back: once more, alone.
             once_more = said is None and not active[0].sequence.alone
             active[0].sequence.alone |= once_more
@@ -373,13 +446,13 @@ class EngineCore:
         release(self._effective.device)
 
     def _back_off(self, chunks: tuple[PromptChunk, ...]) -> str | None:
-        """Run less at a time from now on; says so, or None where nothing can be cut any further."""
+        """Run less at a time from now on; says what, or None where nothing can be cut further."""
         scheduler = self._scheduler
         tokens = sum(chunk.stop - chunk.start for chunk in chunks)
         if len(chunks) > 1:
             fewer = len(chunks) // 2
             scheduler.limits = replace(scheduler.limits, max_prompts=fewer)
-            return f"memory is short: {fewer} prompts run at a time from here on"
+            return f"{fewer} prompts run"
         if tokens > FEWEST_PREFILL_TOKENS:
             # What was too long may be three times as long as steps are where somebody reads along.
             fewer = max(tokens // 2, FEWEST_PREFILL_TOKENS)
@@ -387,11 +460,11 @@ class EngineCore:
             scheduler.limits = replace(
                 scheduler.limits, max_prefill_tokens=fewer, unstreamed_prefill_tokens=None
             )
-            return f"memory is short: {fewer} tokens of prompts run at a time from here on"
+            return f"{fewer} tokens of prompts run"
         return None
 
-    def _read(self, step: _Step) -> list[StepOutput]:
-        outputs: list[StepOutput] = []
+    def _read(self, step: _Step, outputs: list[StepOutput]) -> None:
+        """What a step gave goes to `outputs`."""
         for copy in step.copies:
             before, self._read_mark = self._read_mark, copy.mark
             if isinstance(copy, VerifyCopy):
@@ -409,7 +482,7 @@ class EngineCore:
                                 break
                     except Exception as error:  # noqa: BLE001  others go on
                         outputs.append(self._unread(active, error))
-        return outputs + self._pieces()
+        outputs += self._pieces()
 
     def _pieces(self) -> list[StepOutput]:
         """What some streams say since they were told last."""
@@ -556,6 +629,14 @@ class EngineCore:
     def _fail(self, active: _Active, error: QwenCliError) -> None:
         self._failed.append(StepOutput(active.sequence.request, error=error))
         self._forget(active)
+
+    def _fail_running(self, error: Exception) -> None:
+        """A step has failed in a way that is no request's in particular: so have all in it."""
+        failure = self._typed(error.with_traceback(None), "running it beside others")
+        for active in [self._active[each.request] for each in self._scheduler.running]:
+            self._fail(active, failure)
+        self._scheduler.release_all()
+        self._release()
 
     def _forget(self, active: _Active) -> None:
         del self._active[active.sequence.request]

@@ -186,6 +186,11 @@ class ModelRunner:
         self._logits: dict[GraphKey, Tensor] = {}
         # Whose masks are not all ones.
         self._masked_rows: set[int] = set()
+        # Rows of the widest step that may be run.
+        self.most_rows = max_rows
+        # Whether rows of the step that is run may be a token further, or parts of them; callers
+        # unset it before each.
+        self.is_half_taken = False
         model.rope.reach(max_seq_len)
 
     @torch.inference_mode()
@@ -246,9 +251,11 @@ class ModelRunner:
         with_logprobs = _with_logprobs(begun)
         if with_logprobs:
             self.state.logprobs.note(logits, self.state.token.index_select(0, places), places)
+        copy = self._copy(sequences, max(rows) + 1, clock, with_logprobs=with_logprobs)
+        # Last of all: a prompt that failed is run again.
         for prompt in begun:
             prompt.visuals = ()
-        return self._copy(sequences, max(rows) + 1, clock, with_logprobs=with_logprobs)
+        return copy
 
     def _pass(
         self, key: Hashable, inputs: Sequence[Tensor], make: Callable[[], Pass]
@@ -398,10 +405,14 @@ class ModelRunner:
             done, seen = self.state.done, self.state.sampler.seen
             kept = done.clone(), seen.clone()
             done.fill_(True)
-            self._graphs.capture(key, work)
-            done.copy_(kept[0])
-            seen.copy_(kept[1])
+            try:
+                self._graphs.capture(key, work)
+            finally:
+                done.copy_(kept[0])
+                seen.copy_(kept[1])
+                self.is_half_taken = False
         self._graphs.replay(key)
+        self.is_half_taken = True
 
     @property
     def reads_lengths(self) -> bool:
@@ -424,11 +435,12 @@ class ModelRunner:
             and key[1] >= rows
             and key[2] >= reach
             and key[2] <= 2 * reach
+            and key[1] <= self.most_rows
         ]
         found = min(able, key=lambda key: key[1:], default=None)
         if found is not None and found[1] <= max(WIDEST_STAND_IN * rows, rows + waiting):
             return found
-        most = min(self.max_rows, MOST_VERIFIED // size if size else self.max_rows)
+        most = min(self.most_rows, MOST_VERIFIED // size if size else self.most_rows)
         wanted = min(rows + waiting, most)
         bucket = next((each for each in ROW_BUCKETS if each >= wanted), most)
         return kind, min(bucket, most), reach, size, with_logprobs
@@ -446,11 +458,14 @@ class ModelRunner:
         pages = DecodePages(
             state.tables[:rows], buffers.slot, longest, state.states[:rows], buffers.done
         )
+        # Keys and values are written again to where they are; states are moved on in place.
+        self.is_half_taken = self.states is not None
         hidden = model.decode_rows(buffers.token, buffers.position, self.cache, pages, self.states)
         if self._head is not None:
             self._head.note(hidden, buffers.slot)
         if kind in LIKELIEST and not with_logprobs:
             model.decoder.next_tokens(hidden, ops, buffers, kind is SamplerKind.GREEDY)
+            self.is_half_taken = True
             state.remember(rows)
             return
         logits = model.decoder.logits(hidden, ops)
@@ -467,6 +482,7 @@ class ModelRunner:
         rows = len(logits)
         buffers = self.state.buffers(rows)
         chosen = self.state.sampler.narrow(0, rows).sample(logits, buffers.step, kind, masks)
+        self.is_half_taken = True
         self.model.row_ops(rows).advance_rows(chosen, buffers)
         if with_logprobs:
             self.state.logprobs.note(logits, chosen)
@@ -491,10 +507,12 @@ class ModelRunner:
         logits = model.decoder.logits(hidden, ops)
         if drawn is None and ops.verify_rows is not None:
             ops.verify_rows(logits, buffers, drafts)
+            self.is_half_taken = True
         else:
             input_ids = drafts.input_ids[:, :size]
             proposal = None if drawn is None else drawn.proposal
             chosen = sampler.check(logits, input_ids, buffers.step, kind, proposal)
+            self.is_half_taken = True
             ngram.accept(chosen, buffers, drafts)
             if head is None:
                 ngram.draft(buffers, drafts, longest + 1)

@@ -17,6 +17,7 @@ learns later, from what it reads; the row idles until then.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,6 +61,9 @@ class Scheduler:
         self._prefill_tokens = limits.max_prefill_tokens
         self._running: list[Sequence] = []
         self._rows: list[Sequence | None] = [None] * limits.max_rows
+        # Of which only so many first ones are run while memory is short; sequences in others wait
+        # until one of these is free. See `run_fewer`.
+        self.step_rows = limits.max_rows
         self._released: set[int] = set()
         # Whose row has to forget where it was: it idles until its prompt is through.
         self._between: list[Sequence] = []
@@ -82,6 +86,8 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         assert self.fits(sequence.max_tokens), "the caller refuses what can never start"
+        if not self.has_unfinished:
+            self.step_rows = self.limits.max_rows  # what took the memory may be gone
         self.waiting.append(sequence)
 
     def schedule(self, *, streamed: bool = True, coming: int = 0) -> Batch | None:
@@ -101,7 +107,9 @@ class Scheduler:
         decode = tuple(
             each
             for each in self._running
-            if each.num_scheduled < each.max_new_tokens and not (each.constrained and each in begun)
+            if each.num_scheduled < each.max_new_tokens
+            and not (each.constrained and each in begun)
+            and self._has_turn(each)
         )
         if not prefill and not decode and encode is None:
             return None
@@ -162,6 +170,16 @@ class Scheduler:
         running.row, running.pages, running.state = None, [], None
         self._prefilling.append(after)
         self._between.append(after)
+
+    def run_fewer(self, sequences: Iterable[Sequence], step_rows: int) -> None:
+        """A step of these could not be run: they take it again, no more than so many at a time."""
+        self.step_rows = step_rows
+        for sequence in sequences:
+            sequence.num_scheduled -= 1
+
+    def release_all(self) -> None:
+        """Have all rows forget what they ran: nobody knows what a step that failed left of them."""
+        self._released.update(range(len(self._rows)))
 
     def requeue(self, sequence: Sequence) -> None:
         """Put a sequence whose prefill failed back in front of those that wait."""
@@ -233,14 +251,15 @@ class Scheduler:
         # Of large ones a step holds few, and the pool: rows would wait for a crowd that cannot be.
         in_step = self._prefill_tokens // first.num_prompt_tokens
         wanted = min(wanted, in_step, self.pool.capacity // pages // 8)
-        return min(self._rows.count(None), self.pool.num_free // pages) >= wanted
+        free = self._rows[: self.step_rows].count(None)
+        return min(free, self.pool.num_free // pages) >= wanted
 
     def _admit(self) -> None:
         """Give waiting sequences a row and pages, in order, as far as this step's tokens go."""
         tokens = sum(each.num_prompt_tokens - each.num_computed for each in self._prefilling)
         while (
             self.waiting
-            and None in self._rows
+            and None in self._rows[: self.step_rows]
             and tokens < self._prefill_tokens
             and len(self._prefilling) < self.limits.max_prompts
         ):
@@ -349,17 +368,21 @@ class Scheduler:
                 self._running.append(sequence)
         return tuple(chunks), None
 
+    def _has_turn(self, sequence: Sequence) -> bool:
+        return sequence.row is not None and sequence.row < self.step_rows
+
     def _compact(self) -> tuple[tuple[int, int], ...]:
         """Move the last rows to free places in front, once half of the rows in use are idle: a step
-        runs all rows up to the last one."""
+        runs all rows up to the last one. Rows that wait for a turn get one."""
         taken = [row for row, sequence in enumerate(self._rows) if sequence is not None]
-        if not taken or 2 * len(taken) > taken[-1] + 1:
+        if not taken or (2 * len(taken) > taken[-1] + 1 and taken[-1] < self.step_rows):
             return ()
         moves = []
-        places = [row for row in range(len(taken)) if self._rows[row] is None]
+        last = min(len(taken), self.step_rows)
+        places = [row for row in range(last) if self._rows[row] is None]
         for place, row in zip(places, reversed(taken), strict=False):
             sequence = self._rows[row]
-            if row < len(taken) or sequence is None:
+            if row < last or sequence is None:
                 break
             self._rows[place], self._rows[row] = sequence, None
             sequence.row = place

@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import many_requests
 from qwencli.config import Attention, Cache, EngineName, KVDType, SamplingOptions, Speculate
@@ -27,8 +28,9 @@ from qwencli.engine import (
 from qwencli.engine.base_engine import BaseEngine
 from qwencli.engine.cache.paged_kv import PAGE_SIZE
 from qwencli.engine.client import generate_many
+from qwencli.engine.constrained import read_schema
 from qwencli.engine.factory import create_engine
-from qwencli.engine.graphs import RepeatedShapes
+from qwencli.engine.graphs import GraphRunner, RepeatedShapes
 from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.layers import vision_tower
 from qwencli.engine.machine.python_runtime import PASS_TURN_S, STEP_TURN_S
@@ -46,6 +48,7 @@ from qwencli.errors import (
 )
 from qwencli.messages import GenerationRequest, ImagePart, text_message, user_message
 from tests.checkpoints import engine_config, film, picture
+from tests.engine.native.host_graphs import run_graphs_on_the_host
 from tests.engine.test_graphs import RunGraphs
 
 # Few rows and tokens, so that requests wait, prompts are cut and rows are used again.
@@ -60,6 +63,15 @@ def native_config(folder, **settings):
 def engine(checkpoint):
     with NativeEngine(native_config(checkpoint("qwen3_vl"))) as loaded:
         yield loaded
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_of_module():
+    """Memory is given back at once: looking for garbage takes longer than an answer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(native_engine.BATCH_LIMITS, "cpu", NARROW)
+        patch.setattr(engine_core, "release", lambda device: None)
+        yield patch
 
 
 @pytest.fixture
@@ -505,21 +517,208 @@ def test_no_new_tokens_are_refused_and_a_thousand_requests_are_prepared_in_turn(
     assert pages_are_all_free(limited)
 
 
-def test_short_memory_in_decoding_ends_the_last_that_came(limited, monkeypatch):
-    requests = [ask(f"{n}", max_new_tokens=6) for n in range(3)]
+def out_of_memory():
+    return torch.OutOfMemoryError("CUDA out of memory (simulated)")
+
+
+def test_where_memory_is_short_in_decoding_fewer_rows_run_and_all_end(limited, monkeypatch):
+    """Also those that come later; once nothing is left as many as before are tried again."""
+    requests = [ask(f"{n}", max_new_tokens=4 + n) for n in range(7)]
     expected = [limited.generate(request).token_ids for request in requests]
-    running = runner.ModelRunner.decode
+    running, most = runner.ModelRunner.decode, []
 
     def short_of_memory(self, sequences, *others):
-        if len(sequences) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+        rows = max(each.row for each in sequences) + 1
+        if rows > 2:
+            raise out_of_memory()
+        most.append(rows)
         return running(self, sequences, *others)
 
     monkeypatch.setattr(runner.ModelRunner, "decode", short_of_memory)
     results = list(generate_many(limited, requests))
-    assert [each.token_ids for each in results[:2]] == expected[:2]
-    assert isinstance(results[2], OutOfMemoryError)
+    assert [each.token_ids for each in results] == expected
+    (said,) = [note for each in results for note in each.notes]
+    assert said == "memory is short: one answer runs at a time from here on"
+    assert most[-9:] == [1] * 9 and limited._queue._scheduler.step_rows == 1
     assert pages_are_all_free(limited)
+    monkeypatch.undo()
+    monkeypatch.setattr(engine_core.EngineCore, "_run_fewer", None)
+    results = list(generate_many(limited, requests))
+    assert [each.token_ids for each in results] == expected
+    assert limited._queue._scheduler.step_rows == 3
+
+
+def test_a_row_that_finds_no_memory_alone_has_failed(limited, monkeypatch):
+    requests = [ask(text, max_new_tokens=6) for text in ("A", "Unlucky", "B")]
+    expected = [limited.generate(request).token_ids for request in requests]
+    running, tries = runner.ModelRunner.decode, []
+
+    def short_of_memory(self, sequences, prompts, *others):
+        if any(len(prompt.ids) == unlucky for prompt in prompts):
+            tries.append(len(sequences))
+            raise out_of_memory()
+        return running(self, sequences, prompts, *others)
+
+    unlucky = limited.generate(requests[1]).num_prompt_tokens
+    monkeypatch.setattr(runner.ModelRunner, "decode", short_of_memory)
+    results = list(generate_many(limited, requests))
+    assert [each.token_ids for each in results[::2]] == expected[::2]
+    assert isinstance(results[1], OutOfMemoryError)
+    assert len(tries) <= 2 * 2 and tries[-1] == 1
+    assert pages_are_all_free(limited)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_short_memory_in_choosing_among_allowed_tokens(limited, monkeypatch, rows):
+    """Once, or whenever there are several rows: either way all answers are whole."""
+    schema = read_schema('{"enum": ["x", "y", "z"]}', "schema.json")
+    free = [ask(f"{n}", max_new_tokens=5) for n in range(2)]
+    requests = [*free, replace(ask("S", ignore_eos=False, max_new_tokens=9), schema=schema)]
+    expected = [next(generate_many(limited, [each])).token_ids for each in requests]
+    choosing, tries = runner.ModelRunner._choose, []
+
+    def short_of_memory(self, logits, *others):
+        tries.append(len(logits))
+        if (rows and len(logits) > rows) or len(tries) == 1:
+            raise out_of_memory()
+        choosing(self, logits, *others)
+
+    monkeypatch.setattr(runner.ModelRunner, "_choose", short_of_memory)
+    results = list(generate_many(limited, requests))
+    assert [each.token_ids for each in results] == expected
+    assert pages_are_all_free(limited)
+
+
+def test_a_graph_that_finds_no_memory_leaves_the_rows_as_they_were(limited, monkeypatch):
+    run_graphs_on_the_host(monkeypatch)
+    requests = [ask(f"{n}", repetition_penalty=1.1, max_new_tokens=9) for n in range(3)]
+    expected = [limited.generate(request).token_ids for request in requests]
+    capturing, tries = GraphRunner.capture, []
+    monkeypatch.setattr(limited._requests()._runner, "_graphs", GraphRunner(torch.device("cpu")))
+
+    def short_of_memory(self, key, work):
+        tries.append(key)
+        if len(tries) < 3:
+            work()
+            raise out_of_memory()
+        capturing(self, key, work)
+
+    monkeypatch.setattr(GraphRunner, "capture", short_of_memory)
+    results = list(generate_many(limited, requests))
+    assert [each.token_ids for each in results] == expected
+    assert len(tries) > 2
+
+
+def test_a_prompt_that_is_run_again_still_has_its_pictures(limited, monkeypatch):
+    request = ask(images=[picture()], max_new_tokens=5)
+    expected = limited.generate(request).token_ids
+    copying, tries = runner.ModelRunner._copy, []
+
+    def short_once(self, *others, **more):
+        tries.append(others)
+        if len(tries) == 1:
+            raise out_of_memory()
+        return copying(self, *others, **more)
+
+    limited._forget()
+    monkeypatch.setattr(runner.ModelRunner, "_copy", short_once)
+    (result,) = generate_many(limited, [request])
+    assert result.token_ids == expected
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_large_picture_is_encoded_once_more_where_memory_was_short(limited, monkeypatch, times):
+    request = ask(images=[picture(96, 96)], max_new_tokens=5)
+    expected = limited.generate(request).token_ids
+    monkeypatch.setattr(runner_prompt, "PIECE", 32)
+    encoding, tries = vision_batch.BatchVision.encode_some, []
+
+    def short_of_memory(self, *others):
+        tries.append(others)
+        if len(tries) <= times:
+            raise out_of_memory()
+        return encoding(self, *others)
+
+    monkeypatch.setattr(vision_batch.BatchVision, "encode_some", short_of_memory)
+    (result,) = generate_many(limited, [replace(request, bypass_caches=True)])
+    assert isinstance(result, OutOfMemoryError) if times > 1 else result.token_ids == expected
+    assert pages_are_all_free(limited)
+
+
+def test_a_step_that_fails_in_no_ones_part_ends_those_that_run(limited, monkeypatch):
+    """Each with an error of its own; those behind them are answered."""
+    requests = [ask(f"{n}", max_new_tokens=5) for n in range(5)]
+    expected = [limited.generate(request).token_ids for request in requests]
+    running, steps = runner.ModelRunner.decode, []
+
+    def broken(self, *others):
+        steps.append(others)
+        if len(steps) == 3:
+            raise ValueError("simulated, in a step")
+        return running(self, *others)
+
+    monkeypatch.setattr(runner.ModelRunner, "decode", broken)
+    results = list(generate_many(limited, requests))
+    failed = [each for each in results if isinstance(each, RequestError)]
+    assert 1 <= len(failed) <= 3 and all("in a step" in str(each) for each in failed)
+    for result, tokens in zip(results, expected, strict=True):
+        assert result in failed or result.token_ids == tokens
+    assert pages_are_all_free(limited)
+
+
+class ShortOfMemory(TorchDispatchMode):
+    """No memory for some allocations, from the `first` of them on; what torch changes in place
+    needs none."""
+
+    def __init__(self, first: int, count: int) -> None:
+        super().__init__()
+        self.first, self.count, self.asked = first, count, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        told = func._schema
+        if not told.is_mutable and not any(each.alias_info for each in told.returns):
+            self.asked += 1
+            if 0 <= self.asked - self.first < self.count:
+                raise out_of_memory()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def short_mix(engine):
+    mixed = [
+        ask("How many? " * 12, max_new_tokens=5),
+        ask(images=[picture()], max_new_tokens=4),
+        ask("B", repetition_penalty=1.4, max_new_tokens=6),
+        ask("C", do_sample=None, temperature=1.0, top_k=20, seed=3, max_new_tokens=5),
+    ]
+    return mixed, [engine.generate(each).token_ids for each in mixed]
+
+
+@settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(st.floats(0, 1), st.sampled_from([1, 2, 30]))
+def test_wherever_memory_runs_out_an_answer_is_whole_or_an_error(
+    engine, short_mix, monkeypatch_of_module, where, count
+):
+    mixed, expected = short_mix
+    engine._forget()
+    engine._close_queue()
+    memory = ShortOfMemory(1 + int(700 * where), count)
+    numbers = [engine.add(each) for each in mixed]
+    ended = {}
+    while engine.has_unfinished:
+        with memory:
+            outputs = engine.step()
+        for output in (each for each in outputs if each.finished):
+            assert output.request not in ended
+            ended[output.request] = output
+    for number, tokens in zip(numbers, expected, strict=True):
+        error = ended[number].error
+        if error is None:
+            assert ended[number].chunk.result.token_ids == tokens
+        else:
+            assert isinstance(error, OutOfMemoryError)
+    engine.step()
+    assert pages_are_all_free(engine)
 
 
 def test_what_is_aborted_gives_nothing_more(limited):

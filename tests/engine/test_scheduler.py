@@ -51,7 +51,7 @@ class Device:
         self.stored: dict[int, int] = {}
         self.states: dict[int, int] = {}
 
-    def run(self, batch, scheduler, fails=False) -> None:
+    def run(self, batch, scheduler, fails=False, decodes=True) -> None:
         for source, place in batch.moves:
             self.tables[place] = list(self.tables[source])
             self.places[place] = self.places[source]
@@ -65,7 +65,8 @@ class Device:
                 self.tables[chunk.sequence.row] = list(chunk.sequence.pages)
                 self.places[chunk.sequence.row] = chunk.stop
         self.copy(batch.kept)
-        for row, table in enumerate(self.tables):
+        assert all(each.row is None or each.row < scheduler.step_rows for each in batch.decode)
+        for row, table in enumerate(self.tables[: scheduler.step_rows if decodes else 0]):
             decoded = [each for each in batch.decode if each.row == row]
             if not table:
                 continue
@@ -140,7 +141,12 @@ def test_requests_of_any_kind_all_end_and_nothing_is_lost_or_shared_wrongly(
             assert tokens <= (limits.max_prefill_tokens if streamed else limits.most_prefill_tokens)
             short = turn < 40 and bool(batch.prefill) and drawn.randint(0, 9) == 0
             begun += [c.sequence.request for c in batch.prefill if c.start == c.sequence.num_cached]
-            device.run(batch, scheduler, fails=short)
+            decoded = [] if short else [each for each in batch.decode if each.row is not None]
+            rows = max((each.row + 1 for each in decoded), default=0)
+            starved = turn < 40 and rows > 1 and drawn.randint(0, 9) == 0
+            device.run(batch, scheduler, fails=short, decodes=not starved)
+            if starved:  # memory did not suffice for so many rows
+                scheduler.run_fewer(decoded, rows // 2)
             for chunk in batch.prefill if short else ():
                 scheduler.unkept(chunk.sequence, chunk.stop)
             for chunk in reversed(batch.prefill):
@@ -151,7 +157,9 @@ def test_requests_of_any_kind_all_end_and_nothing_is_lost_or_shared_wrongly(
                     scheduler.written(chunk.sequence, chunk.stop)
             given = [chunk.sequence for chunk in batch.prefill if chunk.is_last]
             running = {
-                each.request: each for each in (*given, *batch.decode) if each.row is not None
+                each.request: each
+                for each in (*given, *(() if starved else batch.decode))
+                if each.row is not None
             }
             in_flight.append([(each, each.num_scheduled) for each in running.values()])
         # What a step gave is read one step later; some answers end before their last token.

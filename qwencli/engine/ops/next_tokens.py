@@ -53,14 +53,17 @@ def penalised(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
 
 
 def advance_rows(chosen: Tensor, rows: RowBuffers) -> None:
-    """Make `chosen` [R] the rows' new tokens; rows that are over stay as they are."""
-    rows.token.copy_(torch.where(rows.done, rows.token, chosen))
-    rows.seen.scatter_(1, rows.token[:, None], True)
+    """Make `chosen` [R] the rows' new tokens; rows that are over stay as they are. All of it, or
+    nothing where memory is short."""
+    token = torch.where(rows.done, rows.token, chosen)
     going = (~rows.done).to(torch.int64)
+    stopped = (token[:, None] == rows.stop_ids).any(dim=1)
+    over = stopped | (rows.step + going >= rows.limit)
+    rows.token.copy_(token)
+    rows.seen.scatter_(1, token[:, None], True)
     for counter in (rows.slot, rows.position, rows.step):
         counter.add_(going)
-    stopped = (rows.token[:, None] == rows.stop_ids).any(dim=1)
-    rows.done.logical_or_(stopped | (rows.step >= rows.limit))
+    rows.done.logical_or_(over)
 
 
 def choose_likeliest(logits: Tensor, rows: RowBuffers, with_penalty: bool) -> None:
