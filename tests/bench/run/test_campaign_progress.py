@@ -115,6 +115,8 @@ def test_at_a_terminal_there_is_a_bar(capsys, monkeypatch):
     said = capsys.readouterr().err
     assert "run 3 of 5, about 40 s left" in said
     assert "━" in said
+    erased = "\x1b[2K"
+    assert said.rindex(erased) > said.rindex("left"), "nothing is left when the campaign is over"
 
 
 def test_a_campaign_tells_how_far_it_is_within_a_cell(tmp_path, cpu, make_plan, fake_worker):
