@@ -135,6 +135,19 @@ def test_a_campaign_tells_how_far_it_is_within_a_cell(tmp_path, cpu, make_plan, 
     assert "left" in said[2]
 
 
+def test_what_is_predicted_of_a_cell_is_shared_by_its_processes(
+    tmp_path, cpu, make_plan, fake_worker
+):
+    plan = make_plan("steady-a", stop=StopRule(4, 4, processes=2))
+    about = environment(cpu, ["bench"], 1)
+    said = []
+    with Campaign(tmp_path / "c", plan, about, resume=False) as campaign:
+        options = RunnerOptions(fake_worker, None, 60.0)
+        predicted_s = {plan.cells[0].cell_id: 186.0}
+        run_campaign(campaign, options, said.append, predicted_s=predicted_s)
+    assert said[0].endswith(", about 3 min 10 s left")
+
+
 def test_it_is_only_drawn_when_it_moves(monkeypatch):
     """A thread that draws ten times a second would be beside what is measured."""
     import threading
