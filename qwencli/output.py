@@ -229,7 +229,8 @@ class Output:
         text beside it. None when stderr is no terminal: then lines are to be written.
 
         Args:
-            still: draw only when it is moved, and use no processor in between.
+            still: draw only when it is moved, use no processor in between, and leave nothing
+                behind: the last move may be of what was never finished.
         """
         if self.quiet or not sys.stderr.isatty():
             yield None
@@ -242,7 +243,9 @@ class Output:
             TextColumn("{task.description}", markup=False),
         )
         console = self._console(stderr=True)
-        with Progress(*columns, console=console, auto_refresh=not still) as progress:
+        with Progress(
+            *columns, console=console, auto_refresh=not still, transient=still
+        ) as progress:
             task = progress.add_task("" if still else f"0 of {total}", total=total)
 
             def move(done: int, text: str) -> None:

@@ -263,7 +263,7 @@ def bench(
         with output.status("reading the matrix and this machine"):
             plan, facts = prepare(request)
         if dry_run:
-            show_cells(plan, output)
+            show_cells(plan, output, limits=limits)
             return
         folder = out or Path("campaigns") / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
         code = measure(plan, facts, folder, sys.argv[1:], output, settings)

@@ -30,13 +30,14 @@ def chosen_model(name: str | None) -> ModelSpec:
     Raises:
         ModelError, UsageError: as `resolve_model` does, or the model's sizes are not known.
     """
-    from qwencli.engine.machine.host import gpu_free_bytes
-    from qwencli.models.resolve import recommended_model, resolve_model
+    from qwencli.engine.machine.host import gpu_memory
+    from qwencli.models.resolve import recommended_model, resolve_model, usable_on_card
 
-    free = gpu_free_bytes()
-    spec = resolve_model(name, offline=True, free_bytes=free)
-    if not name and free is not None and spec.source is ModelSource.BUNDLED:
-        spec = recommended_model(free) or resolve_model(USUAL_MODEL)
+    memory = gpu_memory()
+    usable = memory and min(memory.free_bytes, usable_on_card(memory.total_bytes))
+    spec = resolve_model(name, offline=True, free_bytes=usable)
+    if not name and usable is not None and spec.source is ModelSource.BUNDLED:
+        spec = recommended_model(usable) or resolve_model(USUAL_MODEL)
     if spec.hub_config is None:
         raise ModelFileError(
             f"the sizes of {spec.name} are not known before it is downloaded",

@@ -148,6 +148,16 @@ def recommended_model(
     return next(fitting, None)
 
 
+# Of a GPU's memory: what a model that nobody named may take.
+CARD_SHARE = 0.9
+
+
+def usable_on_card(total_bytes: int) -> int:
+    """Bytes that a model which nobody named may take of a GPU with so much memory, whatever the
+    driver or a desktop holds of it: the same for `diagnose`, and for `bench` today and tomorrow."""
+    return int(CARD_SHARE * total_bytes)
+
+
 def bundled_spec(search_paths: SearchPaths) -> ModelSpec:
     """The bundled model.
 

@@ -325,7 +325,7 @@ ONE_CELL = ("--runs", "1", "--engine", "native", "--quantization", "none", "--at
 
 @pytest.mark.parametrize(("seconds", "said"), [(280.0, False), (320.0, True)])
 def test_one_cell_that_takes_long_is_said_to_before_it_starts(monkeypatch, seconds, said):
-    monkeypatch.setattr(session, "predicted_seconds", lambda plan, speed: {"a": seconds})
+    monkeypatch.setattr(session, "predicted_seconds", lambda plan, speed, limits: {"a": seconds})
     result = CliRunner().invoke(app, ["bench", "--out", "c", *ONE_CELL])
     assert result.exit_code == 0
     before = result.stderr.partition("[1/")[0]

@@ -39,6 +39,7 @@ def test_every_claim_has_its_verdict_and_every_study_its_plots(findings, files):
             path = findings.PLOTS / f"{kind}-{evidence.folder.name}.svg"
             assert f"findings/{path.name}" in page
             ElementTree.fromstring(files[path])  # whole and well formed
+            assert "generate()" in files[path], "of which time or speed it is"
 
 
 def test_what_the_page_leaves_out_is_in_tables_that_it_links(findings, files):

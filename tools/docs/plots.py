@@ -94,7 +94,8 @@ def runs_plot(evidence: Evidence) -> str:
     pane, left, right = 96, _LEFT - 84, _WIDTH - _RIGHT - 16
     bottom = _TOP + pane * len(lines)
     parts = [_text(12, 20, "Identical runs, one after the other", extra='font-weight="bold"'),
-             _text(left - 44, 36, "percent of the series' median speed")]  # fmt: skip
+             _text(left - 44, 36,
+                   "tok/s of the whole generate(), percent of the series' median")]  # fmt: skip
     largest = max((max(found) / _middle(found) for _, found in lines), default=1.0)
     smallest = min((min(found) / _middle(found) for _, found in lines), default=1.0)
     high, low = max(1.2, largest * 1.05), min(0.8, smallest * 0.95)

@@ -90,7 +90,7 @@ def speed_table(folder: str) -> str:
         ]
         for cell in cells_of(folder)
     ]
-    header = ["engine", "weights", "attention", "cache", "kernels", "load", "runs", "tok/s"]
+    header = ["engine", "weights", "attention", "cache", "kernels", "load", "runs", "decode tok/s"]
     header += ["slowest-fastest run", "ratio", "TTFT ms", "ITL p50 ms", "p99 ms", "max ms"]
     return f"{markdown([*header, 'peak GB'], rows)}\n\n{source(folder)}"
 
@@ -120,8 +120,8 @@ def short_speed_table() -> str:
         ]
         for cell in cells_of(folder)
     ]
-    header = ["engine", "weights", "cache", "kernels", "runs", "tok/s", "fastest / slowest run"]
-    header += ["first token, ms", "99% of tokens within, ms", "peak GB"]
+    header = ["engine", "weights", "cache", "kernels", "runs", "decode tok/s"]
+    header += ["fastest / slowest run", "first token, ms", "99% of tokens within, ms", "peak GB"]
     return f"{markdown(header, rows)}\n\n{source(folder)}"
 
 

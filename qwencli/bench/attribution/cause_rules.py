@@ -27,6 +27,8 @@ LONGER_WORK = 1.15
 # A call of the driver's allocator takes 0.1 to 3.3 ms in the campaigns of results/; where the calls
 # cannot account for what was lost, they were only there.
 ALLOCATION_MS = 10.0
+# Of what was lost: less time away from the processor is the noise of its clocks.
+LEAST_UNSEEN = 0.05
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def _preempted(e: Evidence) -> tuple[float, str] | None:
         return None
     taken = (e.steal_ms or 0.0) + helper - throttled
     said = f"{_ms(waited)} runnable but waiting for a processor"
-    if _taken_unseen(e) and (e.slept_ms or 0.0) > taken:
+    if _taken_unseen(e) and (e.slept_ms or 0.0) > max(taken, LEAST_UNSEEN * e.lost_ms):
         taken = e.slept_ms or 0.0
         said += f", {_ms(taken)} away from it without having given it up"
     elif e.steal_ms:

@@ -18,7 +18,7 @@ from qwencli.bench.plan.environment import environment
 from qwencli.bench.plan.prepare import BenchRequest, prepare
 from qwencli.bench.plan.stopping import RepetitionOptions
 from qwencli.bench.report.campaign_report import build_report
-from qwencli.bench.run.bench_run import worker
+from qwencli.bench.run.bench_run import say_how_long, worker
 from qwencli.bench.run.campaign import Campaign
 from qwencli.bench.run.campaign_progress import show_progress
 from qwencli.bench.run.campaign_runner import RunnerOptions, run_in_turns
@@ -28,6 +28,7 @@ from qwencli.output import Output, counted
 # By ranks, eight pairs are the fewest that can show a change; two more let one of them be wrong.
 PROCESSES, RUNS_EACH = 10, 5
 TIMEOUT_S = 1800.0
+HOW_LESS = "less with fewer cells in the matrices, --processes (8 or more show a change) or --runs"
 
 
 def run_sides(
@@ -76,8 +77,10 @@ def run_sides(
             for side, plan, cells in zip(sides, (plan_a, plan_b), able, strict=True)
         ]
         output.notice(f"campaigns in {sides[0]} and {sides[1]}")
+        plans = [campaign.plan for campaign in campaigns]
+        predicted_s = say_how_long(plans, HOW_LESS, output, limits=options.post_run_checks)
         with show_progress(output) as moved:
-            run_in_turns(campaigns, options, output.notice, moved=moved)
+            run_in_turns(campaigns, options, output.notice, moved=moved, predicted_s=predicted_s)
     for side in sides:
         build_report(side)
     return sides

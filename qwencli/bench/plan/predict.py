@@ -111,8 +111,12 @@ class Prediction:
     memory_bytes: int | None
 
 
-def predict(plan: Plan, cell: BenchCell, speed: MachineSpeed) -> Prediction:
-    """By the formula above; memory is the model's, by `models.memory`, for one request."""
+def predict(plan: Plan, cell: BenchCell, speed: MachineSpeed, *, limits: bool = True) -> Prediction:
+    """By the formula above; memory is the model's, by `models.memory`, for one request.
+
+    Args:
+        limits: whether the machine's limits, and what the probes cost, are measured after its runs.
+    """
     shape = _shape(plan.models[cell.model])
     launches = _launches(plan, cell)
     scheme = _SCHEMES.get((cell.engine, cell.quantization))
@@ -145,29 +149,33 @@ def predict(plan: Plan, cell: BenchCell, speed: MachineSpeed) -> Prediction:
         seconds=start_s
         + load_s
         + runs * settings.max_new_tokens * token_s
-        + _checks_s(plan, cell, token_s),
+        + (_limits_s(plan, token_s) if limits else 0.0)
+        + _quality_s(plan, cell, token_s),
         memory_bytes=memory.total,
     )
 
 
-def _checks_s(plan: Plan, cell: BenchCell, token_s: float) -> float:
-    """The A/B of the probes, the machine's limits, and whether answers are right."""
+def _limits_s(plan: Plan, token_s: float) -> float:
+    """The A/B of the probes, and the machine's limits."""
+    probed_s = probe_overhead.RUNS * plan.settings.max_new_tokens * token_s
+    return min(probe_overhead.BUDGET_S, probed_s) + LIMITS_S
+
+
+def _quality_s(plan: Plan, cell: BenchCell, token_s: float) -> float:
+    """Whether answers are right."""
     settings = plan.settings
-    probes_s = min(probe_overhead.BUDGET_S, probe_overhead.RUNS * settings.max_new_tokens * token_s)
-    quality_s = 0.0
-    if settings.quality_samples and quality.captions_fit(
-        plan.models[cell.model], settings.load_format
-    ):
-        answers = settings.quality_samples * quality.MAX_NEW_TOKENS / 2
-        quality_s = min(quality.MOST_S, answers * token_s)
-    return probes_s + LIMITS_S + quality_s
+    model = plan.models[cell.model]
+    if not settings.quality_samples or not quality.captions_fit(model, settings.load_format):
+        return 0.0
+    answers = settings.quality_samples * quality.MAX_NEW_TOKENS / 2
+    return min(quality.MOST_S, answers * token_s)
 
 
-def predicted_seconds(plan: Plan, speed: MachineSpeed) -> dict[str, float]:
-    """By cell_id, of the cells that can run here; one of an unknown shape takes no less than its
-    start."""
+def predicted_seconds(plan: Plan, speed: MachineSpeed, *, limits: bool = True) -> dict[str, float]:
+    """By cell_id, of the cells that can run here, all their processes together; one of an unknown
+    shape takes no less than its start. `limits` as in `predict`."""
     return {
-        cell.cell_id: predict(plan, cell, speed).seconds
+        cell.cell_id: predict(plan, cell, speed, limits=limits).seconds
         or plan.settings.stop.processes * speed.start_s * START_FACTOR.get(cell.engine, 1.0)
         for cell in plan.cells
         if not cell.skip_reason

@@ -31,9 +31,6 @@ from qwencli.config import (
 from qwencli.engine.machine.device import DeviceFacts
 from qwencli.errors import ModelFileError, UsageError
 
-# Of a GPU's memory: what a model that nobody named may take.
-FILL = 0.9
-
 
 @dataclass(frozen=True)
 class BenchRequest:
@@ -89,15 +86,17 @@ def prepare(request: BenchRequest) -> tuple[Plan, DeviceFacts]:
         from qwencli.engine.remote import remote_model
 
         named = functools.partial(remote_model, request.endpoints)
-    default_model = None if "model" in matrix.axes else named(None)
     models = {name: named(name) for name in matrix.axes.get("model", ())}
     facts = read_device_facts(request.device)
+    if set(engines) != {EngineName.REMOTE}:
+        named = functools.partial(resolve_model, free_bytes=_usable_bytes(facts))
+    default_model = None if "model" in matrix.axes else named(None)
     load_format, quality_samples, notice = request.load_format, request.quality_samples, None
     if default_model and (worth := _worth_measuring(default_model, facts, load_format)):
         notice = (
-            f"no model is downloaded: measuring {worth.name}, the largest that fits, with random "
-            f"weights of its true shape (not {default_model.name}, which is too small to tell "
-            "anything of a GPU); --model names another"
+            f"no model is downloaded: measuring {worth.name}, recommended for this card, with "
+            f"random weights of its true shape (not {default_model.name}, which is too small to "
+            "tell anything of a GPU); --model names another"
         )
         default_model, load_format, quality_samples = worth, LoadFormat.DUMMY, 0
     if default_model:
@@ -133,16 +132,23 @@ def _worth_measuring(
 
     What speed a few million parameters have says nothing of a GPU.
     """
-    if (
-        default.source is not ModelSource.BUNDLED
-        or facts.kind != "cuda"
-        or facts.total_memory_bytes is None
-        or load_format is not LoadFormat.AUTO
-    ):
+    usable = _usable_bytes(facts)
+    bundled = default.source is ModelSource.BUNDLED
+    if usable is None or not bundled or load_format is not LoadFormat.AUTO:
         return None
     from qwencli.models.resolve import names_a_model, recommended_model
 
-    return None if names_a_model() else recommended_model(int(FILL * facts.total_memory_bytes))
+    return None if names_a_model() else recommended_model(usable)
+
+
+def _usable_bytes(facts: DeviceFacts) -> int | None:
+    """What a model that nobody named may take of a GPU; None elsewhere."""
+    total = facts.total_memory_bytes
+    if facts.kind != "cuda" or total is None:
+        return None
+    from qwencli.models.resolve import usable_on_card
+
+    return usable_on_card(total)
 
 
 def _checked(

@@ -7,7 +7,7 @@ a column that a campaign does not have is as one that no sensor could read.
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from qwencli.bench.attribution.whole_cell import over_limits
 from qwencli.bench.plan.matrix import AXES
-from qwencli.bench.report.cell_statistics import CellRows
+from qwencli.bench.report.cell_statistics import NOT_QUOTABLE, UNSTABLE, CellRows
 from qwencli.bench.report.explain_rules import CELL_RULES
 from qwencli.bench.report.steadiness import steadiness
 from qwencli.bench.storage.campaign_files import CAUSES, CELLS, GPU, RUNS, TOKENS, read_file
@@ -102,12 +102,38 @@ def _of_cells(rows: _Rows) -> Iterator[Explained]:
 
 
 def _speeds(rows: _Rows) -> dict[str, float]:
-    """Of the cells that have one to quote: a busy machine's tell nothing of their modes."""
+    """Of the cells that have one to quote: others' medians tell nothing of their modes."""
     return {
         cell["cell_id"]: float(cell["decode_tok_per_s_median"])
         for cell in rows.cells
-        if cell["decode_tok_per_s_median"] and not over_limits(cell)
+        if cell["decode_tok_per_s_median"] and not _unquoted(cell)
     }
+
+
+def _unquoted(cell: Row) -> str | None:
+    """Why the cell's median is not to be quoted, in a word or two."""
+    if over_limits(cell):
+        return NOT_QUOTABLE
+    verdict = cell.get("verdict") or ""
+    return next(
+        (word for word in (NOT_QUOTABLE, UNSTABLE, "FAIL") if verdict.startswith(word)), None
+    )
+
+
+def _left_out(rows: _Rows) -> Iterator[tuple[str, str]]:
+    """The cells by which no modes are compared."""
+    measured = [cell for cell in rows.cells if cell["decode_tok_per_s_median"]]
+    reasons = Counter(reason for cell in measured if (reason := _unquoted(cell)))
+    if not reasons or len(measured) < 2:
+        return
+    left = len(measured) - reasons.total()
+    yield (
+        f"modes are compared by {left} of {counted(len(measured), 'cell')}: the others have no "
+        "figure to quote"
+        if left > 1
+        else "no modes are compared: fewer than two cells have a figure to quote",
+        ", ".join(f"{count} {reason}" for reason, count in reasons.items()),
+    )
 
 
 def _range(rows: _Rows) -> Iterator[tuple[str, str]]:
@@ -117,9 +143,10 @@ def _range(rows: _Rows) -> Iterator[tuple[str, str]]:
     axes = [axis for axis in AXES if len({cell.get(axis, "") for cell in rows.cells}) > 1]
     label = {cell["cell_id"]: " ".join(cell.get(axis, "") for axis in axes) for cell in rows.cells}
     fast, slow = max(speeds, key=lambda c: speeds[c]), min(speeds, key=lambda c: speeds[c])
+    cells = "cell" if not any(map(_unquoted, rows.cells)) else "of them"
     yield (
-        f"the fastest cell ({label[fast]}) decodes {speeds[fast] / speeds[slow]:.1f} times as fast "
-        f"as the slowest ({label[slow]})",
+        f"the fastest {cells} ({label[fast]}) decodes {speeds[fast] / speeds[slow]:.1f} times as "
+        f"fast as the slowest ({label[slow]})",
         f"{speeds[fast]:.1f} and {speeds[slow]:.1f} tok/s",
     )
 
@@ -172,6 +199,7 @@ def _not_run(rows: _Rows) -> Iterator[tuple[str, str]]:
 
 
 CAMPAIGN_RULES: tuple[Callable[[_Rows], Iterator[tuple[str, str]]], ...] = (
+    _left_out,
     _range,
     _axis_effects,
     _not_run,

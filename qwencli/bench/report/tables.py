@@ -15,6 +15,7 @@ from qwencli.bench.attribution import whole_cell
 from qwencli.bench.attribution.summary import probe_line, why
 from qwencli.bench.plan.matrix import AXES, shorten_modes
 from qwencli.bench.report.cell_statistics import NOT_QUOTABLE, UNSTABLE, measurable
+from qwencli.bench.statistics.robust import is_unstable, run_ratio
 from qwencli.output import counted
 
 if TYPE_CHECKING:
@@ -222,11 +223,13 @@ DETAILS = (AS_ORIGIN, STEADINESS, LIMITS, QUIET)
 
 
 def cell_summary(status: str, reason: str | None, speeds: Sequence[float]) -> str:
-    """One line on a cell that has just ended."""
+    """One line on a process that has just ended; no median where its runs differ too much."""
     parts = [] if status == "ok" else [f"{status}: {reason}" if reason else status]
     if status == "ok" and reason:
         parts.append(reason)
-    if speeds:
+    if speeds and is_unstable(run_ratio(speeds)):
+        parts.append(f"{min(speeds):.1f} to {max(speeds):.1f} tok/s")
+    elif speeds:
         spread = f" ({min(speeds):.1f} to {max(speeds):.1f})" if len(speeds) > 1 else ""
         parts.append(f"{statistics.median(speeds):.1f} tok/s{spread}")
     return ", ".join(parts) or "ok"

@@ -48,8 +48,11 @@ class RunSettings:
     slowdown_percent: float | None = None
 
 
-def show_cells(plan: Plan, output: Output) -> None:
+def show_cells(plan: Plan, output: Output, *, limits: bool = True) -> None:
     """Print the cells in the order they would run with what each will cost, and the skipped ones.
+
+    Args:
+        limits: as in `RunSettings`.
 
     Raises:
         BenchError: torch does not load.
@@ -59,9 +62,8 @@ def show_cells(plan: Plan, output: Output) -> None:
     with output.status("measuring this machine"):
         speed = read_machine_speed(plan.settings.device)
     runs = [cell for cell in plan.cells if not cell.skip_reason]
-    output.show(
-        planned_table(plan.order(), {cell.cell_id: predict(plan, cell, speed) for cell in runs})
-    )
+    found = {cell.cell_id: predict(plan, cell, speed, limits=limits) for cell in runs}
+    output.show(planned_table(plan.order(), found))
 
 
 def measure(
@@ -96,7 +98,7 @@ def measure(
         if plan.notice:
             output.notice(plan.notice)
         output.notice(f"campaign in {folder}")
-        predicted_s = _say_how_long(plan, output)
+        predicted_s = say_how_long([plan], HOW_LESS, output, limits=settings.limits)
         if campaign.repaired:
             output.warn(f"cut off {campaign.repaired} rows of a run that was not finished")
         try:
@@ -144,25 +146,38 @@ LONG_S = 300.0
 SLOW_MACHINE = MachineSpeed(read_bandwidth=4e9, launch_rate=5e4, start_s=4.0)
 
 
-def _say_how_long(plan: Plan, output: Output) -> Mapping[str, float] | None:
-    """Say what a campaign of more than LONG_S will take, and how to make it less.
+HOW_LESS = (
+    "less with --matrix quick, fewer values of an axis (--quantization none), --exclude, --runs or "
+    "--max-new-tokens; --dry-run shows each cell. Ctrl-C keeps what is done, --resume goes on"
+)
+
+
+def say_how_long(
+    plans: Sequence[Plan], how_less: str, output: Output, *, limits: bool
+) -> Mapping[str, float] | None:
+    """Say what campaigns of more than LONG_S together will take, and how to make it less.
+
+    Args:
+        limits: as in `RunSettings`.
 
     Returns:
         Predicted seconds by cell_id, where they were worth predicting.
     """
-    if sum(predicted_seconds(plan, SLOW_MACHINE).values()) < LONG_S:
+
+    def predicted(speed: MachineSpeed) -> list[dict[str, float]]:
+        return [predicted_seconds(plan, speed, limits=limits) for plan in plans]
+
+    def together(found: Sequence[Mapping[str, float]]) -> float:
+        return sum(sum(cells.values()) for cells in found)
+
+    if together(predicted(SLOW_MACHINE)) < LONG_S:
         return None
     with output.status("measuring this machine"):
-        found = predicted_seconds(plan, read_machine_speed(plan.settings.device))
-    seconds = sum(found.values())
-    if seconds > LONG_S:
-        output.notice(
-            f"about {duration(seconds)} for {counted(len(found), 'cell')}; less with --matrix "
-            "quick, fewer values of an axis (--quantization none), --exclude, --runs or "
-            "--max-new-tokens; --dry-run shows each cell. Ctrl-C keeps what is done, --resume "
-            "goes on"
-        )
-    return found
+        found = predicted(read_machine_speed(plans[0].settings.device))
+    if (seconds := together(found)) > LONG_S:
+        cells = counted(sum(map(len, found)), "cell")
+        output.notice(f"about {duration(seconds)} for {cells}; {how_less}")
+    return {cell: seconds for cells_s in found for cell, seconds in cells_s.items()}
 
 
 def worker(slowdown_percent: float | None) -> list[str]:

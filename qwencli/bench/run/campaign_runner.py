@@ -66,7 +66,8 @@ def run_campaign(
 
     Args:
         moved: told how far the campaign is.
-        predicted_s: by cell_id, of one cell; None = cells are taken to be equally long.
+        predicted_s: by cell_id, of all processes of one cell; None = cells are taken to be equally
+            long.
 
     Raises:
         OutputError: rows cannot be written any more.
@@ -76,7 +77,7 @@ def run_campaign(
         started = _make_references(campaign, options, say)
         processes = _planned_processes(campaign.plan)
         wanted = [planned for planned in processes if planned.is_needed(campaign, options)]
-        weights = [(predicted_s or {}).get(planned.cell.cell_id, 1.0) for planned in wanted]
+        weights = [planned.weight(campaign, predicted_s) for planned in wanted]
         progress = CampaignProgress(weights, moved, in_seconds=predicted_s is not None)
         for planned in processes:
             if not planned.is_needed(campaign, options):
@@ -102,6 +103,7 @@ def run_in_turns(
     say: Say,
     go_on: Callable[[], bool] = lambda: True,
     moved: Moved = not_shown,
+    predicted_s: Mapping[str, float] | None = None,
 ) -> None:
     """Run campaigns process by process in turns, so that all meet the same machine.
 
@@ -112,29 +114,38 @@ def run_in_turns(
 
     Args:
         go_on: asked before each round of processes; once False, no more begin.
+        predicted_s: as in `run_campaign`.
 
     Raises:
         OutputError: as `run_campaign`.
     """
     for campaign in campaigns:
         _add_skipped(campaign)
-    order = list(campaigns)
-    wanted = sum(p.is_needed(c, options) for c in campaigns for p in _planned_processes(c.plan))
-    progress = CampaignProgress([1.0] * wanted, moved)
+    rounds = _rounds(campaigns)
+    wanted = [(c, p) for turn in rounds for c, p in turn if p.is_needed(c, options)]
+    weights = [planned.weight(campaign, predicted_s) for campaign, planned in wanted]
+    progress = CampaignProgress(weights, moved, in_seconds=predicted_s is not None)
     with Telemetry(options.sampler) as telemetry:
-        for processes in zip_longest(
-            *(_planned_processes(campaign.plan) for campaign in campaigns)
-        ):
-            of_campaign = dict(zip(campaigns, processes, strict=True))
+        for turn in rounds:
             if not go_on():
-                say(f"{next(filter(None, processes)).label}: no time left")
+                say(f"{turn[0][1].label}: no time left")
                 break
-            for campaign in order:
-                planned = of_campaign[campaign]
-                if planned and planned.is_needed(campaign, options):
+            for campaign, planned in turn:
+                if planned.is_needed(campaign, options):
                     say(f"{planned.label}, {campaign.folder.name}{time_left(progress.left_s)}")
                     _run_planned(campaign, planned, options, telemetry, say, progress)
-            order.reverse()
+                elif (campaign, planned) in wanted:  # until another cell had what is its fate too
+                    progress.skip()
+
+
+def _rounds(campaigns: Sequence[Campaign]) -> list[list[tuple[Campaign, _PlannedProcess]]]:
+    """Who runs what one after the other: a process of each campaign, there and back."""
+    found: list[list[tuple[Campaign, _PlannedProcess]]] = []
+    for processes in zip_longest(*(_planned_processes(campaign.plan) for campaign in campaigns)):
+        both = zip(campaigns, processes, strict=True)
+        turn = [(campaign, planned) for campaign, planned in both if planned]
+        found.append(turn[::-1] if len(found) % 2 else turn)
+    return found
 
 
 def _add_skipped(campaign: Campaign) -> None:
@@ -223,6 +234,12 @@ class _PlannedProcess:
     @property
     def label(self) -> str:
         return f"{self.number} {self.name}"
+
+    def weight(self, campaign: Campaign, predicted_s: Mapping[str, float] | None) -> float:
+        """Its part of what is predicted for its cell; 1 where nothing is."""
+        if not predicted_s or self.cell.cell_id not in predicted_s:
+            return 1.0
+        return predicted_s[self.cell.cell_id] / campaign.plan.settings.stop.processes
 
     def is_needed(self, campaign: Campaign, options: RunnerOptions) -> bool:
         turn = campaign.next_turn(self.cell)

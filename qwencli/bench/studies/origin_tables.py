@@ -153,8 +153,8 @@ def stall_table(evidence: Evidence) -> Table:
 
 def steadiness_table(found: Iterable[Series]) -> Table:
     """Both engines by what was to be reached: spread, first stalls, reload against keep."""
-    head = ["engine", "model", "n", "tok/s", "fastest over slowest", "worst TTFT over median",
-            "decode tok/s against keep"]  # fmt: skip
+    head = ["engine", "model", "n", "tok/s of generate()", "fastest over slowest",
+            "worst TTFT over median", "decode tok/s against keep"]  # fmt: skip
     stall = max(ORIGIN_STALLS_S) / statistics.median(ORIGIN_STALLS_S)
     middle = f"{statistics.median(ORIGIN_RUNS):.4g}"
     origin = ["origin's transformers", RELOAD, str(len(ORIGIN_RUNS)), middle]

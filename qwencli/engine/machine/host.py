@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
@@ -83,13 +83,25 @@ def _gpus(nvml: Any) -> list[Any]:
     return [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
 
 
+class GpuMemory(NamedTuple):
+    free_bytes: int
+    total_bytes: int
+
+
+def gpu_memory() -> GpuMemory | None:
+    """Of the NVIDIA GPU that has most free; None without one, or without a driver."""
+
+    def most_free(nvml: Any) -> GpuMemory | None:
+        told = map(nvml.nvmlDeviceGetMemoryInfo, _gpus(nvml))
+        return max((GpuMemory(int(one.free), int(one.total)) for one in told), default=None)
+
+    return _from_driver(most_free)
+
+
 def gpu_free_bytes() -> int | None:
     """Free memory of the NVIDIA GPU that has most of it; None without one, or without a driver."""
-    return _from_driver(
-        lambda nvml: max(
-            (int(nvml.nvmlDeviceGetMemoryInfo(gpu).free) for gpu in _gpus(nvml)), default=None
-        )
-    )
+    memory = gpu_memory()
+    return None if memory is None else memory.free_bytes
 
 
 def num_gpus() -> int:

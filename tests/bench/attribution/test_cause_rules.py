@@ -61,6 +61,13 @@ def test_the_surest_rule_wins(evidence):
     assert claim.confidence == pytest.approx(best if best >= FLOOR else 0.0)
 
 
+def test_evidence_has_no_figures_that_are_the_noise_of_clocks():
+    seen = replace(BLANK, runqueue_ms=60.0, switches=0.0, slept_ms=0.04)
+    assert judge(seen).evidence == "60 ms runnable but waiting for a processor"
+    away = judge(replace(seen, slept_ms=30.0))
+    assert away.evidence.endswith("30 ms away from it without having given it up")
+
+
 def test_nothing_measured_is_nothing_known():
     assert judge(BLANK).cause is Cause.UNKNOWN
     assert judge(BLANK).evidence == "nothing was recorded at that time"

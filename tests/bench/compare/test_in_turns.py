@@ -18,6 +18,7 @@ from qwencli.bench.compare.sides import read_side
 from qwencli.bench.plan.environment import environment
 from qwencli.bench.plan.prepare import BenchRequest
 from qwencli.bench.plan.stopping import RepetitionOptions, StopRule, stop_rule
+from qwencli.bench.run import bench_run
 from qwencli.bench.run.campaign import Campaign
 from qwencli.bench.run.campaign_runner import RunnerOptions, run_in_turns
 from qwencli.bench.storage.row_file import read_rows
@@ -83,6 +84,33 @@ def test_two_matrices_take_turns_and_are_compared(
     plans["B"] = make_plan("steady-b", "steady-c")
     with pytest.raises(BenchError, match="1 cell of A can run here and 2 of B"):
         compare_run.run_sides(request, ("A", "B"), tmp_path / "no", [], Output(quiet=True))
+
+
+def test_what_takes_long_is_said_before_sides_take_turns(
+    tmp_path, cpu, fake_worker, make_plan, monkeypatch, capsys
+):
+    plan = make_plan("steady-a")
+    (cell,) = plan.cells
+    rule = StopRule(10, 10, processes=5)
+    plan = replace(plan, settings=replace(plan.settings, stop=rule))
+    asked = []
+
+    def predicted(plan, speed, *, limits):
+        asked.append(limits)
+        return {cell.cell_id: 400.0}
+
+    monkeypatch.setattr(compare_run, "prepare", lambda request: (plan, cpu))
+    monkeypatch.setattr(bench_run, "predicted_seconds", predicted)
+    monkeypatch.setattr(bench_run, "read_machine_speed", lambda device: None)
+    request = BenchRequest(
+        "", {}, (), RepetitionOptions(runs=10, processes=5), None, None, (), 0, "cpu",
+        DType.AUTO, LoadFormat.AUTO, None, 0,
+    )  # fmt: skip
+    compare_run.run_sides(request, ("A", "A"), tmp_path / "out", [], Output(), fake_worker)
+    said = capsys.readouterr().err
+    assert "about 13 min 20 s for 2 cells; less with fewer cells in the matrices" in said
+    assert "process 1 of 5, a, about 13 min" in said
+    assert not any(asked), "nothing is measured after the runs of sides"
 
 
 def test_no_round_begins_once_it_may_not_go_on(tmp_path, cpu, fake_worker, make_plan, order):

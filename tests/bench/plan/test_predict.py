@@ -8,7 +8,7 @@ from qwencli.bench.measure import probe_overhead
 from qwencli.bench.plan.campaign_plan import Plan, Settings
 from qwencli.bench.plan.environment import read_machine_speed
 from qwencli.bench.plan.matrix import Matrix, expand
-from qwencli.bench.plan.predict import LIMITS_S, MachineSpeed, predict
+from qwencli.bench.plan.predict import LIMITS_S, MachineSpeed, predict, predicted_seconds
 from qwencli.bench.plan.stopping import StopRule
 from qwencli.config import ModelSource, ModelSpec
 from qwencli.models.builtin import bundled_folder, hub_config
@@ -89,6 +89,16 @@ def test_time_is_starts_loads_and_runs(predicted):
     assert twice.seconds == pytest.approx(2 * (6.5 + load_s) + 7 * run_s + checks_s, rel=0.01)
     again = predicted(engine="native", cache="static-graph", load_mode="reload")
     assert again.seconds == pytest.approx(6.5 + 6 * load_s + 6 * run_s + checks_s, rel=0.01)
+
+
+def test_what_is_not_measured_after_the_runs_takes_no_time(cpu):
+    (cell,) = expand(Matrix("m", {"engine": ("native",), "cache": ("static",)}), "scenes", cpu)
+    settings = Settings(StopRule(5, 5), 128, "Hi", (), 0, "cpu")
+    model = ModelSpec("scenes", ModelSource.BUNDLED, None, bundled_folder(), None)
+    plan = Plan((cell,), settings, {"scenes": model})
+    whole, short = (sum(predicted_seconds(plan, EPYC, limits=limits).values()) for limits in (1, 0))
+    run_s = 128 / predict(plan, cell, EPYC).tok_per_s
+    assert whole - short == pytest.approx(LIMITS_S + probe_overhead.RUNS * run_s)
 
 
 def test_memory_falls_with_quantization(predicted):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from qwencli.bench.plan import prepare as preparing
 from qwencli.bench.plan.prepare import BenchRequest
 from qwencli.bench.plan.stopping import RepetitionOptions
+from qwencli.commands.diagnosis import chosen_model
 from qwencli.config import DType, LoadFormat, ModelSource, ModelSpec
+from qwencli.engine.machine import host
 from qwencli.models import resolve
 from qwencli.models.builtin import bundled_folder
 from qwencli.models.folder import read_config
@@ -19,9 +23,12 @@ SCENES = ModelSpec(
 
 @pytest.fixture
 def prepared(monkeypatch, tmp_path, gpu, cpu):
-    def of(device="cuda", default=SCENES, load_format=LoadFormat.AUTO, matrix="quick", **axes):
-        monkeypatch.setattr(resolve, "resolve_model", lambda name: default)
-        facts = gpu if device == "cuda" else cpu
+    def of(
+        device="cuda", default=SCENES, load_format=LoadFormat.AUTO, matrix="quick", facts=None,
+        resolved=None, **axes,
+    ):  # fmt: skip
+        monkeypatch.setattr(resolve, "resolve_model", resolved or (lambda name, **_: default))
+        facts = facts or (gpu if device == "cuda" else cpu)
         monkeypatch.setattr(preparing, "read_device_facts", lambda _: facts)
         request = BenchRequest(
             matrix,
@@ -53,6 +60,26 @@ def test_on_a_gpu_the_recommended_model_stands_in_for_the_bundled_one(prepared):
     assert (plan.settings.load_format, plan.settings.quality_samples) == (LoadFormat.DUMMY, 0)
     assert f"measuring {name}" in plan.notice
     assert "random weights" in plan.notice
+
+
+@pytest.mark.parametrize("gib", [8, 12, 16, 24, 32, 48, 80, 141])
+def test_it_is_the_model_that_diagnose_recommends_for_the_card(prepared, monkeypatch, gpu, gib):
+    """An idle card: the driver holds some of it, and torch sees a little less than the driver."""
+    total = gib << 30
+    facts = dataclasses.replace(gpu, total_memory_bytes=int(0.98 * total))
+    idle = host.GpuMemory(int(0.97 * total), total)
+    monkeypatch.setattr(host, "gpu_memory", lambda: idle)
+    name = chosen_model(None).name
+    assert name != "scenes"
+    asked = []
+
+    def no_model_here(wanted, **how):
+        asked.append(how)
+        return SCENES
+
+    plan = prepared(facts=facts, resolved=no_model_here)
+    assert list(plan.models) == [name]
+    assert asked == [{"free_bytes": resolve.usable_on_card(int(0.98 * total))}]
 
 
 def test_what_was_named_or_downloaded_is_measured(prepared, monkeypatch):

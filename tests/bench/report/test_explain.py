@@ -270,4 +270,25 @@ def test_a_busy_machine_comes_before_what_it_did_to_the_figures(tmp_path):
         for name, speed, waited in (("sdpa", 438.0, 0.1), ("eager", 36.0, 51.0))
     ]
     write_rows(tmp_path / "cells.csv", columns.CELLS, rows)
-    assert not any("times as fast" in found.what for found in explain_campaign(tmp_path))
+    (found,) = explain_campaign(tmp_path)
+    assert found.what == "no modes are compared: fewer than two cells have a figure to quote"
+    assert found.figure == "1 not quotable"
+
+
+def test_modes_are_compared_by_figures_that_may_be_quoted_alone(tmp_path):
+    said = {"a": "ok", "b": "ok", "c": "unstable: runs differ 1.49x", "d": "FAIL: unequal work"}
+    rows = [
+        dict.fromkeys(columns.CELLS)
+        | {"cell_id": name, "model": "m", "attention": name, "status": "ok", "verdict": verdict}
+        | {"decode_tok_per_s_median": speed}
+        for (name, verdict), speed in zip(said.items(), (20.0, 10.0, 90.0, 1.0), strict=True)
+    ]
+    write_rows(tmp_path / "cells.csv", columns.CELLS, rows)
+    lines = [f"{found.what} ({found.figure})" for found in explain_campaign(tmp_path)]
+    assert lines[:2] == [
+        "modes are compared by 2 of 4 cells: the others have no figure to quote (1 unstable, "
+        "1 FAIL)",
+        "the fastest of them (a) decodes 2.0 times as fast as the slowest (b) (20.0 and 10.0 "
+        "tok/s)",
+    ]
+    assert not any("attention: c" in line or "attention: d" in line for line in lines)

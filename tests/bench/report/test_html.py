@@ -424,3 +424,14 @@ def test_what_may_not_be_quoted_has_no_median_in_map_scale_or_bar(made):
     assert "unquoted" in speed_range(next(r for r in rows if r["decode_tok_per_s_median"]), 100.0)
     assert "In grey" in lead(rows)
     assert "In grey" not in lead([{**row, "verdict": "ok"} for row in made.rows])
+
+
+def test_charts_know_whether_a_median_may_be_shown_and_whether_the_origin_is_to_be_compared(made):
+    plan = {**made.plan, "as_origin": True}
+    rows = [{**row, "verdict": "unstable: runs differ 1.30x"} for row in made.rows]
+    for given_rows, given_plan, quotable in ((made.rows, made.plan, True), (rows, plan, False)):
+        page = html_page(given_rows, given_plan, ENVIRONMENT, made.runs, made.tokens, made.gpu)
+        charts = Page(page).data["charts-0"]
+        assert charts["quotable"] is quotable
+        whole = [run["generate_tok_per_s"] for run in charts["runs"]]
+        assert all(whole) is (given_plan is plan)

@@ -158,7 +158,8 @@ def test_a_plan_shows_order_and_skips(make_plan):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("ok", None, [10.0, 12.0]), "11.0 tok/s (10.0 to 12.0)"),
+        (("ok", None, [10.0, 11.0]), "10.5 tok/s (10.0 to 11.0)"),
+        (("ok", None, [10.0, 11.0, 12.0]), "10.0 to 12.0 tok/s"),
         (("oom", "no memory", []), "oom: no memory"),
         (("timeout", "not done", [5.0]), "timeout: not done, 5.0 tok/s"),
         (("ok", None, []), "ok"),

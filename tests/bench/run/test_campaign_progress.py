@@ -115,6 +115,8 @@ def test_at_a_terminal_there_is_a_bar(capsys, monkeypatch):
     said = capsys.readouterr().err
     assert "run 3 of 5, about 40 s left" in said
     assert "━" in said
+    erased = "\x1b[2K"
+    assert said.rindex(erased) > said.rindex("left"), "nothing is left when the campaign is over"
 
 
 def test_a_campaign_tells_how_far_it_is_within_a_cell(tmp_path, cpu, make_plan, fake_worker):
@@ -131,6 +133,19 @@ def test_a_campaign_tells_how_far_it_is_within_a_cell(tmp_path, cpu, make_plan, 
     for part in ("[1/4] loading", "[1/4] run 2 of 4, ", "[4/4] checks after the runs"):
         assert part in texts
     assert "left" in said[2]
+
+
+def test_what_is_predicted_of_a_cell_is_shared_by_its_processes(
+    tmp_path, cpu, make_plan, fake_worker
+):
+    plan = make_plan("steady-a", stop=StopRule(4, 4, processes=2))
+    about = environment(cpu, ["bench"], 1)
+    said = []
+    with Campaign(tmp_path / "c", plan, about, resume=False) as campaign:
+        options = RunnerOptions(fake_worker, None, 60.0)
+        predicted_s = {plan.cells[0].cell_id: 186.0}
+        run_campaign(campaign, options, said.append, predicted_s=predicted_s)
+    assert said[0].endswith(", about 3 min 10 s left")
 
 
 def test_it_is_only_drawn_when_it_moves(monkeypatch):

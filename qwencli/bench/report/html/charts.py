@@ -209,18 +209,21 @@ def cell_charts(
     cause_marks: int = RUN_POINTS,
     *,
     as_origin: bool = False,
+    quotable: bool = True,
 ) -> dict[str, Any]:
     """Everything drawn when a cell is opened; `traces` is not empty.
 
     Args:
         token_points, gpu_points, cause_marks: the most points of one run.
         as_origin: with the time of the whole generate(), and its speed.
+        quotable: whether the median of the runs is a figure to show.
     """
     start = traces[0].start_s
     itl = [
         value for trace in traces if not trace.warmup for value in trace.itl_ms if value == value
     ]
     return {
+        "quotable": quotable,
         "histogram": histogram(itl),
         "percentiles": {f"p{p}": percentile(itl, p) for p in PERCENTILES if itl},
         "runs": [

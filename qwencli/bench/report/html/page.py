@@ -100,7 +100,13 @@ def html_page(
             sections.append(blank_section(place, row, label))
             continue
         sections.append(cell_section(place, row, label, fastest, opened=row is widest))
-        data.append(json_element(f"charts-{place}", cell_charts(traces[row["cell_id"]], *limits)))
+        charts = cell_charts(
+            traces[row["cell_id"]],
+            *limits,
+            as_origin=bool(plan.get("as_origin")),
+            quotable=is_quotable(row),
+        )
+        data.append(json_element(f"charts-{place}", charts))
     body = Template(_asset("page.html")).substitute(
         lead=lead(rows),
         map=heat_maps(rows),

@@ -253,10 +253,16 @@ def _section(detail: DetailTable, rows: Sequence[CellRow], axes: Sequence[str]) 
     head = "".join(f'<th scope="col">{name}</th>' for name in ("cell", *heads))
     return (
         f"<section><h2>{escape(detail.title)}</h2>"
-        f'<p class="lead">{escape(detail.note(rows))}.{_legend(rows) if bars else ""}</p>'
+        f'<p class="lead">{escape(_sentence(detail.note(rows)))}.'
+        f"{_legend(rows) if bars else ''}</p>"
         f'<div class="wide"><table class="cells details"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div></section>"
     )
+
+
+def _sentence(words: str) -> str:
+    """With a capital at its beginning, the rest as it is."""
+    return words[:1].upper() + words[1:]
 
 
 def _shares(row: CellRow) -> list[tuple[str, str, float]]:
@@ -300,6 +306,6 @@ def why_section(rows: Sequence[CellRow], axes: Sequence[str]) -> str:
     probes = probe_line(rows)
     if not lines and probes is None:
         return ""
-    lead = f'<p class="lead">{escape(probes.capitalize())}.</p>' if probes else ""
+    lead = f'<p class="lead">{escape(_sentence(probes))}.</p>' if probes else ""
     items = f'<ul class="why">{"".join(lines)}</ul>' if lines else "<p>No gaps, no slow runs.</p>"
     return f'<section id="why"><h2>Why</h2>{lead}{items}</section>'

@@ -22,7 +22,7 @@ function drawCell(host) {
   liveTimeline(host, cell, state);
   slowRuns(host, cell.runs);
   distribution(host, cell);
-  strip(host, cell.runs);
+  strip(host, cell);
   phases(host, cell.runs);
   runTable(host, cell.runs);
   hintScrolling();

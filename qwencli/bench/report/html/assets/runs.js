@@ -10,8 +10,9 @@ const ROW = 18, NAME = 64;
 
 const runName = (run) => (run.warmup ? "warm-up" : `run ${run.run}`);
 
-/** Each run's speed in the order of time; warm-ups stand apart, off the scale if need be. */
-function strip(host, runs) {
+/** Each run's speed in the order of time; warm-ups stand apart, off the scale if need be. A line at
+ * the median, where that is a figure to show. */
+function strip(host, { runs, quotable }) {
   const speeds = runs.filter((run) => !run.warmup && run.decode_tok_per_s !== null).map((run) => run.decode_tok_per_s);
   if (!speeds.length) return;
   const sorted = [...speeds].sort((a, b) => a - b);
@@ -26,7 +27,7 @@ function strip(host, runs) {
   const y = linear([Math.max(0, low - room), high + room], [bottom, 12]);
   svg(root, "rect", { class: "band", x: LEFT, y: y(high), width: width - 8 - LEFT, height: Math.max(1, y(low) - y(high)) });
   yAxis(root, y, LEFT, width - 8, 4);
-  svg(root, "line", { stroke: "var(--accent)", "stroke-dasharray": "5 4", x1: LEFT, x2: width - 8, y1: y(median), y2: y(median) });
+  if (quotable) svg(root, "line", { stroke: "var(--accent)", "stroke-dasharray": "5 4", x1: LEFT, x2: width - 8, y1: y(median), y2: y(median) });
   const step = (width - 8 - LEFT) / runs.length;
   const every = Math.ceil(24 / step);
   runs.forEach((run, i) => {
