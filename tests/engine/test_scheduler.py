@@ -140,7 +140,8 @@ def test_requests_of_any_kind_all_end_and_nothing_is_lost_or_shared_wrongly(
             tokens = sum(chunk.stop - chunk.start for chunk in batch.prefill)
             assert tokens <= (limits.max_prefill_tokens if streamed else limits.most_prefill_tokens)
             short = turn < 40 and bool(batch.prefill) and drawn.randint(0, 9) == 0
-            begun += [c.sequence.request for c in batch.prefill if c.start == c.sequence.num_cached]
+            first = [c.sequence.request for c in batch.prefill if c.start == c.sequence.num_cached]
+            begun += [each for each in first if each not in begun]
             decoded = [] if short else [each for each in batch.decode if each.row is not None]
             rows = max((each.row + 1 for each in decoded), default=0)
             starved = turn < 40 and rows > 1 and drawn.randint(0, 9) == 0
@@ -151,7 +152,9 @@ def test_requests_of_any_kind_all_end_and_nothing_is_lost_or_shared_wrongly(
                 scheduler.unkept(chunk.sequence, chunk.stop)
             for chunk in reversed(batch.prefill):
                 if short:  # memory did not suffice
-                    begun = [each for each in begun if each != chunk.sequence.request]
+                    # One that was further keeps its place in front of those begun since.
+                    if chunk.sequence.request in first:
+                        begun.remove(chunk.sequence.request)
                     scheduler.requeue(chunk.sequence)
                 else:
                     scheduler.written(chunk.sequence, chunk.stop)
