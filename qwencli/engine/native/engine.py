@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +39,7 @@ from qwencli.engine.machine.host import host_memory
 from qwencli.engine.machine.python_runtime import (
     LOAD_TURN_S,
     gc_freeze_loaded,
+    gc_thawed,
     quick_function_sources,
     undisturbed,
 )
@@ -205,7 +205,7 @@ class NativeEngine(BaseEngine):
             self._pinning.start()
 
     def _load(self, found: FoundModel) -> tuple[ModelFiles, EffectiveConfig]:
-        with undisturbed(LOAD_TURN_S), quick_function_sources(), gc_freeze_loaded():
+        with undisturbed(LOAD_TURN_S), quick_function_sources(), gc_freeze_loaded(self):
             if self._pinning is not None:
                 self._pinning.join()
             try:
@@ -513,8 +513,8 @@ class NativeEngine(BaseEngine):
         self._vision_cache.clear()
         if self.effective.cache == Cache.STATIC_COMPILE:
             torch.compiler.reset()
-        gc.unfreeze()
-        release(self.effective.device)
+        with gc_thawed(self):
+            release(self.effective.device)
 
     def _make_queue(self) -> RequestQueue:
         """Rows that run together, where the modes of this engine are those that rows have."""
