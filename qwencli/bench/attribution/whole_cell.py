@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from qwencli.bench.attribution.evidence import counters
-from qwencli.bench.attribution.records import RunRecord, TimedRow
+from qwencli.bench.attribution.records import RunRecord, TimedRow, records_by_cell
 from qwencli.bench.causes import THROTTLING, Cause
 from qwencli.bench.measure.roofline import GPU_BUSY
 
@@ -144,6 +144,28 @@ def percentages(
         cell: _of_cell(records, best, device_busy_percent.get(cell), machine)
         for cell, records in cells.items()
     }
+
+
+def of_process(
+    runs: Iterable[Mapping[str, Any]],
+    host: Iterable[Mapping[str, Any]],
+    gpu: Iterable[Mapping[str, Any]],
+    machine: Machine,
+) -> list[ExceededLimit]:
+    """The limits that a process was above whose rows are not in files yet, as far as its own runs
+    tell: not whether other cells of the campaign had a quicker core or a higher clock.
+
+    Args:
+        runs, host, gpu: rows of one cell, as for the files of these names.
+    """
+    records = records_by_cell(*map(_texts, (runs, (), host, gpu)))
+    return [
+        over for found in percentages(records, {}, machine).values() for over in over_limits(found)
+    ]
+
+
+def _texts(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+    return [{k: "" if v is None else str(v) for k, v in row.items()} for row in rows]
 
 
 def _best_of(cells: Iterable[Sequence[RunRecord]]) -> BestOfCampaign:

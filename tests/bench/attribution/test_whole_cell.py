@@ -11,6 +11,7 @@ from qwencli.bench.attribution.whole_cell import (
     Machine,
     machine_of,
     middle_percent,
+    of_process,
     over_limits,
     percentages,
 )
@@ -64,6 +65,21 @@ def test_quiet_cells_are_below_every_limit():
 )  # fmt: skip
 def test_what_slows_every_run_is_named_with_its_share(cause, words, figures):
     assert found(cell_of(CPU, **figures), CPU) == [(cause, words)]
+
+
+def test_a_process_that_has_just_ended_is_judged_by_rows_that_are_in_no_file():
+    waits = {"main_runqueue_ms": 0.51 * SPAN_MS, "runqueue_ms": 0.51 * SPAN_MS}
+    for figures, words in (({}, []), (waits, ["51% of decode waited for a processor"])):
+        rows = (
+            [
+                {k: None if v == "" else float(v) if v.replace(".", "").isdigit() else v
+                 for k, v in row.items()}
+                for row in kind
+            ]
+            for number, kind in enumerate(cell_of(CPU, **figures).rows()) if number != 1
+        )  # fmt: skip
+        assert [over.words for over in of_process(*rows, CPU)] == words
+    assert of_process([], [], [], CPU) == []
 
 
 def test_a_limit_of_the_control_group_is_not_other_programs():
