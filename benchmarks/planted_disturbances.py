@@ -48,6 +48,7 @@ import psutil
 from qwencli.bench.causes import Cause
 from qwencli.bench.inject.contention import COMPUTING, COPYING, programs
 from qwencli.bench.report.campaign_report import build_report
+from qwencli.bench.storage import columns
 
 LIMIT_PERCENT = 20
 PERIOD_S = 0.1
@@ -274,20 +275,23 @@ KINDS: Mapping[str, Beside] = {
 
 
 def _held_back(campaign: Path, copy: Path) -> list[Disturbed]:
-    """A power limit as its sensors would show it: in every other cell clocks are HELD_CLOCK of what
-    they were, and the driver says why."""
+    """A power limit as its sensors would show it: in every other cell, or the only one, clocks are
+    HELD_CLOCK of what they were, and the driver says why."""
     shutil.copytree(campaign, copy)
     for packed in copy.glob("*.csv.gz"):
         packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
         packed.unlink()
     with (copy / "gpu.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    names = list(rows[0])
+    names = list(columns.GPU)
+    highest = max(float(row["sm_clock_mhz"]) for row in rows if row["sm_clock_mhz"])
     held = set(list(dict.fromkeys(row["cell_id"] for row in rows))[::2])
     for row in rows:
         if row["cell_id"] in held and row["sm_clock_mhz"]:
             row["sm_clock_mhz"] = f"{HELD_CLOCK * float(row['sm_clock_mhz']):.0f}"
             row["throttle_reasons"] = "sw_power_cap"
+            row["power_limit_percent"] = f"{100 * HELD_CLOCK:g}"
+            row["max_sm_clock_mhz"] = f"{highest:.0f}"
     with (copy / "gpu.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()

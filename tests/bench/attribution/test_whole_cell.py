@@ -133,6 +133,24 @@ def test_a_clock_held_back_counts_by_what_it_costs():
     assert found(cell, GPU) == []
 
 
+@pytest.mark.parametrize(
+    ("held", "lost"),
+    [
+        ({"throttle_reasons": "sw_thermal"}, [25]),
+        ({"throttle_reasons": "sw_power_cap", "power_limit_percent": 60.0}, [25]),
+        ({"throttle_reasons": "sw_power_cap", "power_limit_percent": 100.0}, []),
+        ({"throttle_reasons": "sw_power_cap"}, []),  # campaigns from before limits were read
+        ({"throttle_reasons": "none", "power_limit_percent": 60.0}, []),
+    ],
+)
+def test_what_holds_all_cells_alike_is_told_by_the_card(held, lost):
+    cell = cell_of(GPU)
+    for run in range(1, RUNS + 1):
+        cell.gpu_figures[run] = {"sm_clock_mhz": 1485, "max_sm_clock_mhz": 1980, **held}
+    words = [f"{n}% of decode was lost to a clock held back against heat or power" for n in lost]
+    assert [said for _, said in found(cell, GPU)] == words
+
+
 def test_another_program_counts_by_what_it_computes_and_not_by_its_memory():
     cell = cell_of(GPU)
     for run in range(1, RUNS + 1):
