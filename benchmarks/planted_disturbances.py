@@ -18,7 +18,7 @@ to `bench`.
     gpu        a program that multiplies matrices on the GPU
 
 `--power FOLDER` simulates a power limit, which is not ours to set: half of the cells of that
-campaign get clocks held back to three quarters, in a copy.
+campaign, or its only one, get clocks held back to three quarters, in a copy.
 
 Prints a line for each cell and, as the last line, one JSON object: disturbed cells called ok, the
 share whose cause was named right, quiet cells refused, and how long those waited for a processor.
@@ -121,8 +121,8 @@ def main() -> int:
                 continue
             cells += _read(kind, folder)
             _save(options.out, cells)
-    if options.power:
-        cells += _held_back(options.power, options.out / "power")
+    for number, campaign in enumerate(options.power, start=1):
+        cells += _held_back(campaign, options.out / f"power-{number}")
         _save(options.out, cells)
     for cell in cells:
         print(f"{cell.kind:10} {cell.cell}: {cell.verdict or cell.status}; {cell.causes}")
@@ -141,7 +141,10 @@ def _options() -> argparse.Namespace:
         help="comma list of the kinds above",
     )
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--power", type=Path, metavar="FOLDER", help="a campaign of a GPU")
+    parser.add_argument(
+        "--power", type=Path, metavar="FOLDER", action="append", default=[],
+        help="a campaign of a GPU; repeatable",
+    )  # fmt: skip
     parser.add_argument("bench", nargs="*", help="after --: options of bench")
     options = parser.parse_args()
     for kind in filter(None, options.kinds.split(",")):
