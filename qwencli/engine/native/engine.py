@@ -66,7 +66,7 @@ from qwencli.engine.native.supported import (
     quantizer_for,
 )
 from qwencli.engine.protocol import RequestQueue
-from qwencli.engine.request import Limits, StepOutput
+from qwencli.engine.request import Limits, RequestId, StepOutput
 from qwencli.engine.resolve import (
     check_modes,
     device_lacks,
@@ -189,6 +189,10 @@ class NativeEngine(BaseEngine):
     def step(self) -> list[StepOutput]:
         found, self._of_others = self._of_others, []
         return found or self._step_of_rows()
+
+    def abort(self, request: RequestId) -> None:
+        self._of_others = [each for each in self._of_others if each.request != request]
+        super().abort(request)
 
     def _step_of_rows(self) -> list[StepOutput]:
         # As a lone stream computes: how many threads share a sum is part of it.
