@@ -292,6 +292,20 @@ def test_pictures_that_are_named_are_printed_in_their_shape(caption, pictures, a
     assert caption(folder / "3.png", "--prefix", "x", "--multi-image") == 2
 
 
+def test_fields_of_a_prompt_are_filled_for_named_pictures_too(caption, pictures, answers, capsys):
+    path = pictures("3.png") / "3.png"
+    requests = answers(GOOD)
+    assert caption(path, "--prompt", "Is {name} {dir}?") == 0
+    assert caption(path, "--prompt", 'As {"a": 1}, {{name}}.') == 0
+    assert [prompt_of(request) for request in requests] == ["Is 3 set?", 'As {"a": 1}, {name}.']
+    assert capsys.readouterr().out == f"{GOOD}\n" * 2
+    for options in (["--prompt", "{tgas}"], ["--prompt", "{name}", "--multi-image"]):
+        assert caption(path, *options) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and len(err.strip().splitlines()) == 1
+    assert len(requests) == 2
+
+
 def test_tokens_are_the_models(caption, pictures, answers):
     from qwencli.engine.frontend.tokenizer import Tokenizer
     from qwencli.models.hub import bundled_folder
