@@ -133,7 +133,7 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
         if whole.work.tasks or whole.work.refused:
             whole.begin(reporter.add)
             if whole.work.tasks:
-                announce_model(spec, run, sink)
+                announce_model(spec, run, sink, caption_config.wanted)
                 stopper = Stopper(sink.notice)
                 config, count = run.engine_config(spec), len(whole.work.tasks)
                 with (

@@ -71,7 +71,7 @@ def serve(
     sampling = run.sampling_options()
     spec = choose_model(run, sink)
     opened = listening(host, port)
-    announce_model(spec, run, sink)
+    announce_model(spec, run, sink, Abilities())
     config = run.engine_config(spec)
     with sink.status(f"starting {spec.name}"):
         engine = create_engine(config)
