@@ -131,6 +131,7 @@ def measure(said: argparse.Namespace) -> list[dict[str, Any]]:
     from qwencli.comfyui.engine_use import generate_all
     from qwencli.comfyui.schemas import RunsWhere
     from qwencli.config import EngineConfig, LoadFormat
+    from qwencli.engine.abilities import Abilities
     from qwencli.models.resolve import resolve_model
 
     config = EngineConfig(
@@ -149,7 +150,8 @@ def measure(said: argparse.Namespace) -> list[dict[str, Any]]:
 
         def execute(place: str) -> tuple[Any, float]:
             begun_s = time.perf_counter()
-            with keepers[place].using(places[place], keep_s=600) as engine:
+            wanted = Abilities(pictures=True)
+            with keepers[place].using(places[place], 600, wanted) as engine:
                 (result,) = generate_all(engine, [request])
             return result, time.perf_counter() - begun_s
 

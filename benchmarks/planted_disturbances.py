@@ -18,7 +18,7 @@ to `bench`.
     gpu        a program that multiplies matrices on the GPU
 
 `--power FOLDER` simulates a power limit, which is not ours to set: half of the cells of that
-campaign get clocks held back to three quarters, in a copy.
+campaign, or its only one, get clocks held back to three quarters, in a copy.
 
 Prints a line for each cell and, as the last line, one JSON object: disturbed cells called ok, the
 share whose cause was named right, quiet cells refused, and how long those waited for a processor.
@@ -48,6 +48,7 @@ import psutil
 from qwencli.bench.causes import Cause
 from qwencli.bench.inject.contention import COMPUTING, COPYING, programs
 from qwencli.bench.report.campaign_report import build_report
+from qwencli.bench.storage import columns
 
 LIMIT_PERCENT = 20
 PERIOD_S = 0.1
@@ -120,8 +121,8 @@ def main() -> int:
                 continue
             cells += _read(kind, folder)
             _save(options.out, cells)
-    if options.power:
-        cells += _held_back(options.power, options.out / "power")
+    for number, campaign in enumerate(options.power, start=1):
+        cells += _held_back(campaign, options.out / f"power-{number}")
         _save(options.out, cells)
     for cell in cells:
         print(f"{cell.kind:10} {cell.cell}: {cell.verdict or cell.status}; {cell.causes}")
@@ -140,7 +141,10 @@ def _options() -> argparse.Namespace:
         help="comma list of the kinds above",
     )
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--power", type=Path, metavar="FOLDER", help="a campaign of a GPU")
+    parser.add_argument(
+        "--power", type=Path, metavar="FOLDER", action="append", default=[],
+        help="a campaign of a GPU; repeatable",
+    )  # fmt: skip
     parser.add_argument("bench", nargs="*", help="after --: options of bench")
     options = parser.parse_args()
     for kind in filter(None, options.kinds.split(",")):
@@ -274,20 +278,23 @@ KINDS: Mapping[str, Beside] = {
 
 
 def _held_back(campaign: Path, copy: Path) -> list[Disturbed]:
-    """A power limit as its sensors would show it: in every other cell clocks are HELD_CLOCK of what
-    they were, and the driver says why."""
+    """A power limit as its sensors would show it: in every other cell, or the only one, clocks are
+    HELD_CLOCK of what they were, and the driver says why."""
     shutil.copytree(campaign, copy)
     for packed in copy.glob("*.csv.gz"):
         packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
         packed.unlink()
     with (copy / "gpu.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    names = list(rows[0])
+    names = list(columns.GPU)
+    highest = max(float(row["sm_clock_mhz"]) for row in rows if row["sm_clock_mhz"])
     held = set(list(dict.fromkeys(row["cell_id"] for row in rows))[::2])
     for row in rows:
         if row["cell_id"] in held and row["sm_clock_mhz"]:
             row["sm_clock_mhz"] = f"{HELD_CLOCK * float(row['sm_clock_mhz']):.0f}"
             row["throttle_reasons"] = "sw_power_cap"
+            row["power_limit_percent"] = f"{100 * HELD_CLOCK:g}"
+            row["max_sm_clock_mhz"] = f"{highest:.0f}"
     with (copy / "gpu.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()

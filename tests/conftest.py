@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -89,7 +90,8 @@ def libraries_are_no_garbage(num_modules: list[int]) -> None:
 
 @pytest.fixture
 def freezing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`gc` as it is outside of tests."""
+    """`gc` as it is outside of tests, where no engine is loaded yet."""
+    monkeypatch.setattr("qwencli.engine.machine.python_runtime._frozen_for", weakref.WeakSet())
     monkeypatch.setattr(gc, "freeze", FREEZE)
     monkeypatch.setattr(gc, "unfreeze", UNFREEZE)
     yield

@@ -57,9 +57,8 @@ MEANINGS: Mapping[Cause, str] = {
 
 # Reasons with which the driver holds clocks back against heat, power or a fault. "idle" and
 # "application_clocks" are choices, not troubles.
-THROTTLING = frozenset(
-    {"sw_power_cap", "hw_slowdown", "sw_thermal", "hw_thermal", "hw_power_brake"}
-)
+POWER_CAP = "sw_power_cap"
+THROTTLING = frozenset({POWER_CAP, "hw_slowdown", "sw_thermal", "hw_thermal", "hw_power_brake"})
 
 Scope = Literal["gap", "decode", "prefill", "cell"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)

@@ -87,6 +87,7 @@ def _caption(
     from qwencli.commands.caption_options import CaptionJob, build_caption_config, is_set
     from qwencli.commands.caption_pictures import answer_pictures, print_captions
     from qwencli.dataset.named_inputs import named_inputs
+    from qwencli.dataset.prompting import Template
 
     if not (inputs or chosen.is_used):
         raise UsageError("Missing argument 'IMAGE...'", "name pictures, or a folder of them")
@@ -94,7 +95,8 @@ def _caption(
     named = named_inputs(inputs, chosen.filelist)
     whole_set = is_set(named, chosen, frames)
     thinking, budget = thoughts(think, thinking_budget, run.sampling_options())
-    is_formatted = options.is_used or chosen.samples > 1
+    has_fields = prompt is not None and bool(Template(prompt, "--prompt").fields)
+    is_formatted = options.is_used or chosen.samples > 1 or has_fields
     if thinking and (whole_set or is_formatted):
         if budget is None:
             raise UsageError(
@@ -106,6 +108,11 @@ def _caption(
     if whole_set and multi_image:
         raise UsageError("--multi-image is for a few pictures", "leave it out for a folder")
     if multi_image and is_formatted:
+        if has_fields:
+            raise UsageError(
+                "--prompt has a field, and --multi-image has no one picture to fill it",
+                "leave the field out, or write {{name}} for braces as they stand",
+            )
         first = options.first_used or "--samples"
         raise UsageError(f"{first} and --multi-image exclude each other", "use one")
     job = CaptionJob(named, run, output, system, frames, options.overlay, keep_s, chosen.samples)
@@ -118,7 +125,7 @@ def _caption(
         else:
             print_captions(job, config)
     else:
-        text = prompt_text(prompt, preset)
+        text = Template(prompt_text(prompt, preset), "--prompt").filled({})
         answer_pictures(
             job, text, multi_image=multi_image, thinking=thinking, thinking_budget=budget
         )

@@ -96,6 +96,8 @@ class CaptionPrinter:
         self.failed = self.begun = self.answered = 0
         self.process = ProcessTimes() if run.stats else None
         self._first_of: dict[str, list[str]] = {}
+        # A picture that does not open fails every field and sample of it for one reason.
+        self._errors: set[tuple[str, str]] = set()
 
     def open(self, named: Named, frames: int | None, beside: Pictures = ()) -> VisualPart:
         """Open a picture or video. What a file holds beyond its first picture, `finish` tells."""
@@ -206,7 +208,9 @@ class CaptionPrinter:
         names, field = [outcome.task.item.key], outcome.task.field
         sample = outcome.task.sample
         if isinstance(outcome, Failed):
-            self._report(outcome.error, names)
+            said = (names[0], outcome.error.message)
+            self._report(outcome.error, names, again=said in self._errors)
+            self._errors.add(said)
             return
         self.answered += 1
         trace_answer(names[0], outcome.result)
@@ -263,9 +267,11 @@ class CaptionPrinter:
     def _prefix(self, names: list[str]) -> str:
         return f"{visible(names[0])}: " if self.several and len(names) == 1 else ""
 
-    def _report(self, error: QwenCliError, names: list[str]) -> None:
+    def _report(self, error: QwenCliError, names: list[str], *, again: bool = False) -> None:
+        """Tell of a failure; one that was told `again` is a line of `--json` alone."""
         self.failed += 1
-        self.output.error(error, names)
+        if not again:
+            self.output.error(error, names)
         if self.json:
             self.output.json_line(failure_record(error, names, self.model))
 

@@ -45,6 +45,7 @@ class Table:
 
     Raises:
         UsageError: the ending is none of `FORMATS`.
+        MissingDependencyError: the package that writes such files is not installed.
     """
 
     def __init__(self, path: Path, file_name: Callable[[str], str]) -> None:
@@ -53,6 +54,8 @@ class Table:
                 f"--output {path} is no kind of file that is written",
                 f"end it in {', '.join(FORMATS)}; a folder takes a text file for each picture",
             )
+        if path.suffix.lower() == ".parquet":
+            pyarrow_parquet(f"--output {path}")
         self.path, self._path_of = path, file_name
         self._is_json = path.suffix.lower() in (".jsonl", ".json")
         self._read, self._write = FORMATS[path.suffix.lower()]

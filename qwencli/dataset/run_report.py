@@ -52,12 +52,12 @@ class RunReport:
         self._json, self._stats = json, stats
         # What was done otherwise than asked for, by kind: as it was said first, and of what.
         self._notes: dict[str, tuple[str, list[str]]] = {}
+        # A picture that does not open fails every field and sample of it for one reason.
+        self._errors: set[tuple[str, str]] = set()
         self._told = self._looks_only = self._unwritten = False
         self.device = ""
         self.progress = Progress(
-            len(whole.work.tasks),
-            output,
-            lambda snapshot: self._event("progress", asdict(snapshot)),
+            len(whole.work.tasks), output, lambda snapshot: self._event("progress", asdict(snapshot))
         )
 
     def begin(self, suffix: str, *, dry_run: bool) -> None:
@@ -95,7 +95,10 @@ class RunReport:
                 kind = re.sub(r"\d+", "", note)
                 self._notes.setdefault(kind, (note, []))[1].append(outcome.task.item.key)
         else:
-            self._output.error(outcome.error, [outcome.task.item.key])
+            key = outcome.task.item.key
+            if (key, outcome.error.message) not in self._errors:
+                self._errors.add((key, outcome.error.message))
+                self._output.error(outcome.error, [key])
         if self._json:
             self._tell(outcome)
         if self.device:  # what was refused before is no work
@@ -132,7 +135,7 @@ class RunReport:
             failed = counted(
                 before, "caption that failed before is", "captions that failed before are"
             )
-            self._output.notice(f"exit code 1: {failed} not tried again (--retry-failed does)")
+            self._output.report(f"exit code 1: {failed} not tried again (--retry-failed does)")
         for note, names in self._notes.values():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             self._output.notice(f"note: {names[0]}{more}: {note}")

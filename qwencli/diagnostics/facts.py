@@ -73,7 +73,8 @@ class Download:
 
 @dataclass(frozen=True)
 class EngineProcess:
-    """Another process of this program; `orphaned` when what started it is gone."""
+    """Another process of this program; `orphaned` when what started it is gone, and it was not
+    meant to stay."""
 
     pid: int
     what: str

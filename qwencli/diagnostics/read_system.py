@@ -25,6 +25,10 @@ _INIT = 1
 _WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
 # In a container the first process is often one of these, and the parent of what it started.
 _STARTS_OTHERS = re.compile(r"(ba|da|z|fi|k|c|tc)?sh|python.*|node|supervisord")
+# A kept model ends by itself; a server may be a service, or stay when its terminal closes.
+_RESIDENT = "qwencli.server.resident_process"
+_MEANT_TO_STAY = (_RESIDENT, "qwencli serve")
+_KEPT_MODEL = "the model that is kept loaded (qwencli stop ends it)"
 
 
 def read_system() -> SystemFacts:
@@ -140,7 +144,10 @@ def read_engines() -> tuple[EngineProcess, ...] | None:
         what = _qwencli(info["cmdline"] or [])
         ours = pid in family or os.getpid() in _line_of(pid, parents)
         if what and not ours:
-            found.append(EngineProcess(pid, what, orphaned=adopts and parents[pid] == _INIT))
+            stays = what.startswith(_MEANT_TO_STAY)
+            orphaned = adopts and parents[pid] == _INIT and not stays
+            named = _KEPT_MODEL if what.startswith(_RESIDENT) else what
+            found.append(EngineProcess(pid, named, orphaned=orphaned))
     return tuple(found)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
@@ -23,7 +23,7 @@ from qwencli.engine.device_memory import (
 )
 from qwencli.engine.frontend.model_files import FoundModel, ModelFiles, find_model
 from qwencli.engine.frontend.prompt import Prompt
-from qwencli.engine.machine.cpu_threads import computing_with, threads_for
+from qwencli.engine.machine.cpu_threads import computing_with, each_with, threads_for
 from qwencli.engine.protocol import BytesRead, ManyRequests, drain
 from qwencli.engine.resolve import check_seq_len, resolve_device, resolve_dtype
 from qwencli.engine.response import ResponseBuilder
@@ -198,8 +198,7 @@ class BaseEngine(ManyRequests, ABC):
         """
         self.load()
         try:
-            with computing_with(self._threads):
-                yield from self._stream(request)
+            yield from each_with(self._threads, self._stream(request))
         except QwenCliError:
             raise
         except Exception as error:
@@ -207,7 +206,7 @@ class BaseEngine(ManyRequests, ABC):
                 raise  # for all requests
             raise RequestError.of(error, "answering it") from error
 
-    def _stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
+    def _stream(self, request: GenerationRequest) -> Generator[GenerationChunk, None, None]:
         started_s = time.perf_counter()
         if request.logprobs is not None:
             raise UnsupportedModeError(
@@ -255,9 +254,8 @@ class BaseEngine(ManyRequests, ABC):
         """
         self.load()
         ids = self.files.prompts.tokenizer.encode(text)[:most_tokens]
-        with computing_with(self._threads):
-            for logits in self._logits(ids):
-                yield logits.float().log_softmax(-1).cpu().numpy()
+        made = (each.float().log_softmax(-1).cpu().numpy() for each in self._logits(ids))
+        yield from each_with(self._threads, made)
 
     def drop_queue(self) -> None:
         if self._queue is not None:

@@ -109,11 +109,6 @@ class Family:
     vision: VisionFamily | None = None
 
 
-def _with_type(vision: VisionFamily | None, model_type: str) -> VisionFamily:
-    assert vision is not None, "of families that look at pictures"
-    return replace(vision, config={**vision.config, "model_type": model_type})
-
-
 _VISION_KEYS: Mapping[str, str] = {
     "depth": "depth",
     "hidden": "hidden_size",
@@ -139,249 +134,101 @@ _VISION_TOKENS: Mapping[str, Any] = {
 }
 _TEXT: Mapping[str, Any] = {
     "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
     "hidden_act": "silu",
     "initializer_range": 0.02,
     "rms_norm_eps": 1e-06,
     "use_cache": True,
 }
+_TEXT_TOKENS: Mapping[str, Any] = {"bos_token_id": 151643, "eos_token_id": 151645}
 _NO_WINDOW: Mapping[str, Any] = {"use_sliding_window": False, "sliding_window": None}
-_MROPE: Mapping[str, Any] = {"type": "mrope", "mrope_section": [16, 24, 24]}
 
-_QWEN3_VL = Family(
-    model_type="qwen3_vl",
-    title="Qwen3-VL",
-    architecture="Qwen3VLForConditionalGeneration",
-    nested=True,
-    qkv_bias=None,
-    qk_norm=True,
-    rope_theta=500_000.0,
-    sections=(24, 20, 20),
-    interleaved=True,
-    split_video_frames=True,
-    head_dim=128,
-    text_config={
-        **_TEXT,
-        "attention_bias": False,
-        "dtype": "bfloat16",
-        "max_position_embeddings": 262144,
-        "model_type": "qwen3_vl_text",
-        "rope_scaling": {
-            "mrope_interleaved": True,
-            "mrope_section": [24, 20, 20],
-            "rope_type": "default",
-        },
-        "rope_theta": 5000000,
+_QWEN2_5_TOWER = VisionFamily(
+    keys={
+        **_VISION_KEYS,
+        "window_size": "window_size",
+        "full_attention_indexes": "fullatt_block_indexes",
     },
-    top_config=_VISION_TOKENS,
-    vision=VisionFamily(
-        keys={
-            **_VISION_KEYS,
-            "num_position_embeddings": "num_position_embeddings",
-            "deepstack_indexes": "deepstack_visual_indexes",
-        },
-        defaults={
-            **_VISION_GRID,
-            "depth": 27,
-            "hidden": 1152,
-            "intermediate": 4304,
-            "out_hidden": 3584,
-            "patch_size": 16,
-            "num_position_embeddings": 2304,
-            "deepstack_indexes": (8, 16, 24),
-        },
-        norm_bias=True,
-        activation="gelu_pytorch_tanh",
-        mlp=("linear_fc1", "linear_fc2"),
-        merger_norm="norm",
-        merger_linears=("linear_fc1", "linear_fc2"),
-        patch_bias=True,
-        config={
-            "hidden_act": "gelu_pytorch_tanh",
-            "in_channels": 3,
-            "initializer_range": 0.02,
-            "model_type": "qwen3_vl",
-        },
-    ),
-)
-
-_QWEN3_5 = Family(
-    model_type="qwen3_5",
-    title="Qwen3.5",
-    architecture="Qwen3_5ForConditionalGeneration",
-    nested=True,
-    qkv_bias=None,
-    qk_norm=True,
-    rope_theta=10_000.0,
-    sections=(11, 11, 10),
-    interleaved=True,
-    rotary_factor=0.25,
-    hybrid=True,
-    split_video_frames=True,
-    head_dim=256,
-    text_config={
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "attn_output_gate": True,
-        "dtype": "bfloat16",
-        "eos_token_id": 248044,
-        "full_attention_interval": 4,
+    defaults={
+        **_VISION_GRID,
+        "depth": 32,
+        "hidden": 3584,
+        "intermediate": 3420,
+        "out_hidden": 3584,
+        "patch_size": 14,
+        "window_size": 112,
+        "full_attention_indexes": (7, 15, 23, 31),
+    },
+    norm_bias=False,
+    activation="silu",
+    mlp=("gate_proj", "up_proj", "down_proj"),
+    merger_norm="ln_q",
+    merger_linears=("mlp.0", "mlp.2"),
+    config={
         "hidden_act": "silu",
+        "in_chans": 3,
+        "spatial_patch_size": 14,
+        "tokens_per_second": 2,
+    },
+)
+
+_QWEN2_TOWER = replace(
+    _QWEN2_5_TOWER,
+    # Here `hidden_size` is the output width and the block's own width is `embed_dim`.
+    keys={
+        **_VISION_KEYS,
+        "hidden": "embed_dim",
+        "out_hidden": "hidden_size",
+        "mlp_ratio": "mlp_ratio",
+    },
+    defaults={
+        **_VISION_GRID,
+        "depth": 32,
+        "hidden": 1280,
+        "out_hidden": 3584,
+        "patch_size": 14,
+        "mlp_ratio": 4,
+    },
+    norm_bias=True,
+    activation="quick_gelu",
+    mlp=("fc1", "fc2"),
+    config={"in_chans": 3, "spatial_patch_size": 14},
+)
+
+_QWEN3_5_TOWER = VisionFamily(
+    keys={**_VISION_KEYS, "num_position_embeddings": "num_position_embeddings"},
+    defaults={
+        **_VISION_GRID,
+        "depth": 27,
+        "hidden": 1152,
+        "intermediate": 4304,
+        "out_hidden": 3584,
+        "patch_size": 16,
+        "num_position_embeddings": 2304,
+    },
+    norm_bias=True,
+    activation="gelu_pytorch_tanh",
+    mlp=("linear_fc1", "linear_fc2"),
+    merger_norm="norm",
+    merger_linears=("linear_fc1", "linear_fc2"),
+    patch_bias=True,
+    config={
+        "deepstack_visual_indexes": [],
+        "hidden_act": "gelu_pytorch_tanh",
+        "in_channels": 3,
         "initializer_range": 0.02,
-        "mamba_ssm_dtype": "float32",
-        "max_position_embeddings": 262144,
-        "model_type": "qwen3_5_text",
-        "mtp_num_hidden_layers": 1,
-        "rms_norm_eps": 1e-06,
-        "rope_parameters": {
-            "mrope_interleaved": True,
-            "mrope_section": [11, 11, 10],
-            "partial_rotary_factor": 0.25,
-            "rope_theta": 10000000,
-            "rope_type": "default",
-        },
-        "use_cache": True,
+        "model_type": "qwen3_5",
     },
-    top_config={
-        "vision_start_token_id": 248053,
-        "vision_end_token_id": 248054,
-        "image_token_id": 248056,
-        "video_token_id": 248057,
-    },
-    vision=VisionFamily(
-        keys={**_VISION_KEYS, "num_position_embeddings": "num_position_embeddings"},
-        defaults={
-            **_VISION_GRID,
-            "depth": 27,
-            "hidden": 1152,
-            "intermediate": 4304,
-            "out_hidden": 3584,
-            "patch_size": 16,
-            "num_position_embeddings": 2304,
-        },
-        norm_bias=True,
-        activation="gelu_pytorch_tanh",
-        mlp=("linear_fc1", "linear_fc2"),
-        merger_norm="norm",
-        merger_linears=("linear_fc1", "linear_fc2"),
-        patch_bias=True,
-        config={
-            "deepstack_visual_indexes": [],
-            "hidden_act": "gelu_pytorch_tanh",
-            "in_channels": 3,
-            "initializer_range": 0.02,
-            "model_type": "qwen3_5",
-        },
-    ),
 )
 
-_QWEN2_5_VL = Family(
-    model_type="qwen2_5_vl",
-    title="Qwen2.5-VL",
-    architecture="Qwen2_5_VLForConditionalGeneration",
-    box_grid=None,
-    qkv_bias=True,
-    qk_norm=False,
-    rope_theta=1_000_000.0,
-    sections=(16, 24, 24),
-    text_config={
-        **_TEXT,
-        **_NO_WINDOW,
-        "max_position_embeddings": 128000,
-        "rope_scaling": _MROPE,
-        "rope_theta": 1000000.0,
-        "torch_dtype": "bfloat16",
-    },
-    top_config={**_VISION_TOKENS, "vision_token_id": 151654},
-    vision=VisionFamily(
-        keys={
-            **_VISION_KEYS,
-            "window_size": "window_size",
-            "full_attention_indexes": "fullatt_block_indexes",
-        },
-        defaults={
-            **_VISION_GRID,
-            "depth": 32,
-            "hidden": 3584,
-            "intermediate": 3420,
-            "out_hidden": 3584,
-            "patch_size": 14,
-            "window_size": 112,
-            "full_attention_indexes": (7, 15, 23, 31),
-        },
-        norm_bias=False,
-        activation="silu",
-        mlp=("gate_proj", "up_proj", "down_proj"),
-        merger_norm="ln_q",
-        merger_linears=("mlp.0", "mlp.2"),
-        config={
-            "hidden_act": "silu",
-            "in_chans": 3,
-            "spatial_patch_size": 14,
-            "tokens_per_second": 2,
-        },
-    ),
-)
-
-_QWEN2_VL = Family(
-    model_type="qwen2_vl",
-    title="Qwen2-VL",
-    architecture="Qwen2VLForConditionalGeneration",
-    qkv_bias=True,
-    qk_norm=False,
-    rope_theta=1_000_000.0,
-    sections=(16, 24, 24),
-    text_config={
-        **_TEXT,
-        **_NO_WINDOW,
-        "max_position_embeddings": 32768,
-        "rope_scaling": _MROPE,
-        "rope_theta": 1000000.0,
-        "torch_dtype": "bfloat16",
-    },
-    top_config={**_VISION_TOKENS, "vision_token_id": 151654},
-    vision=VisionFamily(
-        # Here `hidden_size` is the output width and the block's own width is `embed_dim`.
-        keys={
-            **_VISION_KEYS,
-            "hidden": "embed_dim",
-            "out_hidden": "hidden_size",
-            "mlp_ratio": "mlp_ratio",
-        },
-        defaults={
-            **_VISION_GRID,
-            "depth": 32,
-            "hidden": 1280,
-            "out_hidden": 3584,
-            "patch_size": 14,
-            "mlp_ratio": 4,
-        },
-        norm_bias=True,
-        activation="quick_gelu",
-        mlp=("fc1", "fc2"),
-        merger_norm="ln_q",
-        merger_linears=("mlp.0", "mlp.2"),
-        config={"in_chans": 3, "spatial_patch_size": 14},
-    ),
-)
-
-_QWEN3 = Family(
-    model_type="qwen3",
-    title="Qwen3",
-    architecture="Qwen3ForCausalLM",
-    qkv_bias=None,
-    qk_norm=True,
-    rope_theta=10_000.0,
-    head_dim=128,
-    text_config={
-        **_TEXT,
-        **_NO_WINDOW,
-        "attention_bias": False,
-        "max_position_embeddings": 40960,
-        "rope_scaling": None,
-        "rope_theta": 1000000,
-        "torch_dtype": "bfloat16",
+_QWEN3_TOWER = replace(
+    _QWEN3_5_TOWER,
+    keys={**_QWEN3_5_TOWER.keys, "deepstack_indexes": "deepstack_visual_indexes"},
+    defaults={**_QWEN3_5_TOWER.defaults, "deepstack_indexes": (8, 16, 24)},
+    config={
+        "hidden_act": "gelu_pytorch_tanh",
+        "in_channels": 3,
+        "initializer_range": 0.02,
+        "model_type": "qwen3_vl",
     },
 )
 
@@ -394,11 +241,123 @@ _QWEN2 = Family(
     rope_theta=10_000.0,
     text_config={
         **_TEXT,
+        **_TEXT_TOKENS,
         **_NO_WINDOW,
         "max_position_embeddings": 32768,
         "rope_theta": 1000000.0,
         "torch_dtype": "bfloat16",
     },
+)
+
+_QWEN2_VL = replace(
+    _QWEN2,
+    model_type="qwen2_vl",
+    title="Qwen2-VL",
+    architecture="Qwen2VLForConditionalGeneration",
+    rope_theta=1_000_000.0,
+    sections=(16, 24, 24),
+    text_config={
+        **_QWEN2.text_config,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    },
+    top_config={**_VISION_TOKENS, "vision_token_id": 151654},
+    vision=_QWEN2_TOWER,
+)
+
+_QWEN2_5_VL = replace(
+    _QWEN2_VL,
+    model_type="qwen2_5_vl",
+    title="Qwen2.5-VL",
+    architecture="Qwen2_5_VLForConditionalGeneration",
+    box_grid=None,
+    text_config={**_QWEN2_VL.text_config, "max_position_embeddings": 128000},
+    vision=_QWEN2_5_TOWER,
+)
+
+_QWEN3 = Family(
+    model_type="qwen3",
+    title="Qwen3",
+    architecture="Qwen3ForCausalLM",
+    qkv_bias=None,
+    qk_norm=True,
+    rope_theta=10_000.0,
+    head_dim=128,
+    text_config={
+        **_TEXT,
+        **_TEXT_TOKENS,
+        **_NO_WINDOW,
+        "attention_bias": False,
+        "max_position_embeddings": 40960,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "torch_dtype": "bfloat16",
+    },
+)
+
+_QWEN3_VL = replace(
+    _QWEN3,
+    model_type="qwen3_vl",
+    title="Qwen3-VL",
+    architecture="Qwen3VLForConditionalGeneration",
+    nested=True,
+    rope_theta=500_000.0,
+    sections=(24, 20, 20),
+    interleaved=True,
+    split_video_frames=True,
+    text_config={
+        **_TEXT,
+        **_TEXT_TOKENS,
+        "attention_bias": False,
+        "dtype": "bfloat16",
+        "max_position_embeddings": 262144,
+        "model_type": "qwen3_vl_text",
+        "rope_scaling": {
+            "mrope_interleaved": True,
+            "mrope_section": [24, 20, 20],
+            "rope_type": "default",
+        },
+        "rope_theta": 5000000,
+    },
+    top_config=_VISION_TOKENS,
+    vision=_QWEN3_TOWER,
+)
+
+_QWEN3_5 = replace(
+    _QWEN3_VL,
+    model_type="qwen3_5",
+    title="Qwen3.5",
+    architecture="Qwen3_5ForConditionalGeneration",
+    rope_theta=10_000.0,
+    sections=(11, 11, 10),
+    rotary_factor=0.25,
+    hybrid=True,
+    head_dim=256,
+    text_config={
+        **_TEXT,
+        "attention_bias": False,
+        "attn_output_gate": True,
+        "dtype": "bfloat16",
+        "eos_token_id": 248044,
+        "full_attention_interval": 4,
+        "mamba_ssm_dtype": "float32",
+        "max_position_embeddings": 262144,
+        "model_type": "qwen3_5_text",
+        "mtp_num_hidden_layers": 1,
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000,
+            "rope_type": "default",
+        },
+    },
+    top_config={
+        "vision_start_token_id": 248053,
+        "vision_end_token_id": 248054,
+        "image_token_id": 248056,
+        "video_token_id": 248057,
+    },
+    vision=_QWEN3_5_TOWER,
 )
 
 _SPARSE: Mapping[str, Any] = {
@@ -426,7 +385,7 @@ _QWEN3_VL_MOE = replace(
     architecture="Qwen3VLMoeForConditionalGeneration",
     text_config={**_QWEN3_VL.text_config, **_SPARSE, "model_type": "qwen3_vl_moe_text"},
     moe=MoeFamily({"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408}),
-    vision=_with_type(_QWEN3_VL.vision, "qwen3_vl_moe"),
+    vision=replace(_QWEN3_TOWER, config={**_QWEN3_TOWER.config, "model_type": "qwen3_vl_moe"}),
 )
 
 _QWEN3_5_MOE = replace(
@@ -444,7 +403,7 @@ _QWEN3_5_MOE = replace(
         },
         some_dense=False,
     ),
-    vision=_with_type(_QWEN3_5.vision, "qwen3_5_moe"),
+    vision=replace(_QWEN3_5_TOWER, config={**_QWEN3_5_TOWER.config, "model_type": "qwen3_5_moe"}),
 )
 
 FAMILIES: Mapping[str, Family] = {

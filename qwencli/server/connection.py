@@ -367,7 +367,9 @@ class Stream:
     def write(self, data: bytes, *, last: bool = False) -> None:
         """Send a piece; nothing happens once the client is gone."""
         cycle, connection = self._cycle, self._connection
-        if cycle.disconnected:
+        # The loop tells a turn later that the client is gone; asyncio counts what is written until
+        # then, and complains.
+        if cycle.disconnected or connection.transport.is_closing():
             return
         if data and self._chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)

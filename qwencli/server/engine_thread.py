@@ -72,6 +72,8 @@ class EngineThread:
         self._unfinished: set[Asked] = set()
         self._places: dict[Asked, _Place] = {}
         self._answers: dict[_Place, Asked] = {}
+        # What those wait for who want to know how many rows there are.
+        self._made: list[concurrent.futures.Future[int]] = []
         # When more than one request was there, the most since one began where nothing ran, and how
         # many have begun and are not over.
         self._together_s = float("-inf")
@@ -123,9 +125,9 @@ class EngineThread:
 
     def add(self, answer: Asked) -> None:
         """Begin to answer. Raises as `submit`."""
-        if self.failure is not None or self._closing:
-            raise stopped()
         with self._ordered:
+            # Not before: the thread may end in between, and nobody would tell of this one.
+            self._check_going()
             if len(self._unfinished) >= self.max_rows + self._max_waiting:
                 raise TooManyRequestsError(
                     f"{len(self._unfinished)} requests are being answered already",
@@ -148,7 +150,8 @@ class EngineThread:
             self._ordered.notify()
 
     def rows(self) -> concurrent.futures.Future[int]:
-        """How many requests run together; the rows are made where they are not there yet."""
+        """How many requests run together; the rows are made where they are not there yet. Raises
+        EngineStoppedError, or it comes of the future, where nothing is made any more."""
         made: concurrent.futures.Future[int] = concurrent.futures.Future()
 
         def make() -> None:
@@ -160,9 +163,16 @@ class EngineThread:
                 made.set_result(self.max_rows)
 
         with self._ordered:
+            self._check_going()
+            self._made = [each for each in self._made if not each.done()]
+            self._made.append(made)
             self._orders.append(make)
             self._ordered.notify()
         return made
+
+    def _check_going(self) -> None:
+        if self.failure is not None or self._closing:
+            raise stopped()
 
     @property
     def num_unfinished(self) -> int:
@@ -201,7 +211,11 @@ class EngineThread:
                     self.on_failure()
                     return
         finally:
-            self.failure = self.failure or stopped()
+            with self._ordered:
+                self.failure = self.failure or stopped()
+            for made in self._made:
+                if not made.done():
+                    made.set_exception(stopped())
             for answer in list(self._unfinished):
                 self._abort(answer)
                 self._tell({answer: [stopped()]})

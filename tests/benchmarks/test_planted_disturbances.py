@@ -42,10 +42,15 @@ def test_it_counts_what_is_called_ok_and_what_is_named(script):
     assert (found["quiet_refused"], found["quiet_waited_percent_at_most"]) == (1, 9.0)
 
 
-def test_a_power_limit_is_simulated_in_half_of_the_cells_of_a_campaign(script, tmp_path):
-    campaign = ROOT / "results" / "2026-11-28-h200x2-engines"
-    found = script._held_back(campaign, tmp_path / "copy")
-    assert len(found) == 4
+@pytest.mark.parametrize(
+    ("campaign", "cells"),
+    [("2026-11-28-h200x2-engines", 4), ("2026-11-25-h100-plain-operators/again", 1)],
+)
+def test_a_power_limit_is_simulated_in_half_of_the_cells_of_a_campaign(
+    script, tmp_path, campaign, cells
+):
+    found = script._held_back(ROOT / "results" / campaign, tmp_path / "copy")
+    assert len(found) == cells
     assert not any(cell.quotable for cell in found)
     assert all(cell.named for cell in found)
 

@@ -292,6 +292,44 @@ def test_pictures_that_are_named_are_printed_in_their_shape(caption, pictures, a
     assert caption(folder / "3.png", "--prefix", "x", "--multi-image") == 2
 
 
+def test_fields_of_a_prompt_are_filled_for_named_pictures_too(caption, pictures, answers, capsys):
+    path = pictures("3.png") / "3.png"
+    requests = answers(GOOD)
+    assert caption(path, "--prompt", "Is {name} {dir}?") == 0
+    assert caption(path, "--prompt", 'As {"a": 1}, {{name}}.') == 0
+    assert [prompt_of(request) for request in requests] == ["Is 3 set?", 'As {"a": 1}, {name}.']
+    assert capsys.readouterr().out == f"{GOOD}\n" * 2
+    for options in (["--prompt", "{tgas}"], ["--prompt", "{name}", "--multi-image"]):
+        assert caption(path, *options) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and len(err.strip().splitlines()) == 1
+    assert len(requests) == 2
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_picture_that_does_not_open_is_told_of_once(caption, pictures, answers, capsys, named):
+    folder = pictures("a.png")
+    (folder / "bad.png").write_bytes(b"no picture")
+    answers(GOOD)
+    what = [folder / "a.png", folder / "bad.png"] if named else [folder]
+    asked = ["--samples", "2", "--field", "mood=Which mood?", "--field", "short"]
+    assert caption(*what, *asked, "--json") == 1
+    out, err = capsys.readouterr()
+    assert err.count("bad.png is not a picture") == 1
+    events = [json.loads(line) for line in out.splitlines()]
+    assert sum("error" in event for event in events) == 4
+
+
+def test_quiet_says_why_the_exit_code_is_1(caption, pictures, capsys):
+    folder = pictures("a.png")
+    (folder / "bad.png").write_bytes(b"no picture")
+    assert caption(folder) == 1
+    capsys.readouterr()
+    assert caption(folder, "-q") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("exit code 1: 1 caption that failed before") and err.count("\n") == 1
+
+
 def test_tokens_are_the_models(caption, pictures, answers):
     from qwencli.engine.frontend.tokenizer import Tokenizer
     from qwencli.models.builtin import bundled_folder

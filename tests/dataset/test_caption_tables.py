@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import sys
 
 import pytest
 from PIL import Image
@@ -49,6 +50,19 @@ def test_a_file_of_captions(caption, pictures, engine, name):
     assert caption(folder, "-r", "--output", folder / name) == 1
     assert engine.answered == 4
     assert rows_of(folder / name).items() > rows.items()
+
+
+def test_what_a_table_is_written_with_is_looked_for_before_the_model_loads(
+    caption, pictures, engine, monkeypatch, capsys
+):
+    for module in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
+    folder = pictures("a.png")
+    engine.load = lambda: pytest.fail("the model was loaded")
+    assert caption(folder, "--output", folder / "captions.parquet") == 1
+    err = capsys.readouterr().err
+    assert "captions.parquet is a Parquet file: the package pyarrow is not installed" in err
+    assert len(err.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", NAMES)

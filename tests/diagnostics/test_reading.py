@@ -197,6 +197,22 @@ def test_what_the_shell_of_a_container_started_is_not_left_behind(runs, first, o
     assert [p.orphaned for p in read_system.read_engines()] == [orphaned]
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (
+            ("python", "-m", "qwencli.server.resident_process", "/state/resident-box", "0.1.0"),
+            "the model that is kept loaded (qwencli stop ends it)",
+        ),
+        (("python", "/venv/bin/qwencli", "serve", "--port", "8000"), "qwencli serve"),
+    ],
+)
+def test_what_is_meant_to_stay_is_not_left_behind(runs, words, named):
+    runs(1, 0, "systemd", "systemd")
+    runs(900001, 1, "python", *words)
+    assert [(p.what, p.orphaned) for p in read_system.read_engines()] == [(named, False)]
+
+
 class FakeNvml:
     """A card that offers some things and refuses others."""
 

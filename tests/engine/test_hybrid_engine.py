@@ -101,6 +101,14 @@ def test_a_stream_that_is_dropped_gives_its_state_back(engine):
     assert states.num_free == engine._queue._scheduler.limits.max_rows + 8
 
 
+def test_what_is_aborted_gives_nothing_that_a_stream_beside_it_was_given(engine):
+    number = engine.add(ask("Beside", max_new_tokens=20))
+    chunks = engine.stream(ask(max_new_tokens=9))
+    assert len(list(chunks)) >= 9
+    engine.abort(number)
+    assert not engine.has_unfinished and engine.step() == []
+
+
 @pytest.mark.parametrize(
     ("settings", "nearest"),
     [

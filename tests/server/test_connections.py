@@ -198,6 +198,22 @@ def test_nothing_is_said_of_a_reader_that_takes_too_long(opened, caplog) -> None
     assert [each.getMessage() for each in caplog.records] == []
 
 
+def test_nothing_is_written_to_a_client_that_is_found_to_be_gone() -> None:
+    """Pieces that wait while the server is busy are written in one turn of the loop, and the first
+    write finds that the client is gone."""
+    written: list[bytes] = []
+    transport = SimpleNamespace(write=written.append, is_closing=lambda: len(written) == 2)
+    cycle = SimpleNamespace(
+        scope={"http_version": "1.1"}, default_headers=[], disconnected=False, on_response=None
+    )
+    there: Any = SimpleNamespace(cycle=cycle, transport=transport, is_told=False)
+    stream = connection.Stream(there, [], b":")
+    for piece in (b"one", b"two", b"three", b"four"):
+        stream.write(piece)
+    stream.write(b"", last=True)
+    assert len(written) == 2 and b"two" in written[1]
+
+
 def test_too_many_connections(opened, monkeypatch) -> None:
     monkeypatch.setattr(connection, "most_connections", lambda: 2)
     monkeypatch.setattr(connection, "REFUSED_AT_ONCE", 1)

@@ -123,6 +123,64 @@ def test_closing_tells_those_that_wait() -> None:
     asyncio.run(asyncio.wait_for(ask(), 20))
 
 
+def test_who_asks_for_rows_while_the_engine_closes_is_told() -> None:
+    class Blocked(FakeEngine):
+        in_step, go_on = threading.Event(), threading.Event()
+
+        def step(self) -> list[StepOutput]:
+            self.in_step.set()
+            assert self.go_on.wait(20)
+            return super().step()
+
+    engine = Blocked(SimpleNamespace(batch_invariant=True))
+    thread = EngineThread(engine)
+    thread.start()
+
+    async def ask() -> None:
+        thread.submit(GenerationRequest((text_message("user", "Hi"),)))
+        await asyncio.to_thread(engine.in_step.wait, 20)
+        rows = thread.rows()
+        closing = threading.Thread(target=thread.close)
+        closing.start()
+        while not thread._closing:
+            await asyncio.sleep(0.01)
+        engine.go_on.set()
+        with pytest.raises(EngineError, match="has stopped"):
+            await asyncio.wait_for(asyncio.wrap_future(rows), 20)
+        closing.join()
+
+    asyncio.run(ask())
+    with pytest.raises(EngineError, match="has stopped"):
+        thread.rows()
+
+
+def test_a_request_that_comes_as_the_engine_ends_is_refused_and_not_lost() -> None:
+    thread = EngineThread(FakeEngine(SimpleNamespace(batch_invariant=True)))
+    thread.start()
+    ordered, asking = thread._ordered, threading.get_ident()
+
+    class EndsFirst:
+        """The lock, before which the engine ends."""
+
+        def __enter__(self) -> Any:
+            if threading.get_ident() == asking and thread._ordered is not ordered:
+                thread._ordered = ordered
+                thread.close()
+            return ordered.__enter__()
+
+        def __exit__(self, *exc: object) -> None:
+            ordered.__exit__(*exc)
+
+    async def ask() -> None:
+        request = GenerationRequest((text_message("user", "Hi"),))
+        thread._ordered = EndsFirst()  # type: ignore[assignment]
+        with pytest.raises(EngineError, match="has stopped"):
+            thread.submit(request)
+
+    asyncio.run(ask())
+    assert thread.num_unfinished == 0
+
+
 def test_lone_requests_run_alone_until_there_is_company(monkeypatch) -> None:
     """Beside a batch each token of a lone stream costs a step of its own."""
     alone = []

@@ -95,12 +95,15 @@ def planted_disturbances(files: Sequence[Path]) -> str:
         "cpu_limit": "a control group's limit of 20% of a processor",
         "stopped": "stopped for 80 of every 100 ms",
         "copier": "a program that copies memory",
+        "power": "a power limit that holds clocks to three quarters",
         "quiet": "nothing",
     }
     cells = [cell for file in files for cell in read(file)]
     rows = []
     for kind, name in kinds.items():
-        of_kind = [cell for cell in cells if cell["kind"] == kind]
+        of_kind = [cell for cell in cells if cell["kind"] == kind and cell["verdict"]]
+        if not of_kind:
+            continue
         verdicts = [cell["verdict"].split(":")[0] for cell in of_kind]
         counts = [f"{verdicts.count(v)} {v}" for v in dict.fromkeys(sorted(verdicts))]
         right = RIGHT.get(kind, ())

@@ -29,7 +29,7 @@ _SECONDS = {"prefill": "ttft_s", "decode": "decode_s"}
 MEANS = frozenset({"core_mhz"})
 _OF_GPU = (
     "sm_clock_mhz", "pstate", "power_w", "temperature_c", "compute_processes",
-    "utilization_percent", "other_sm_percent",
+    "utilization_percent", "other_sm_percent", "max_sm_clock_mhz", "power_limit_percent",
 )  # fmt: skip
 
 

@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from qwencli.bench.attribution.evidence import counters
-from qwencli.bench.attribution.records import RunRecord, TimedRow
-from qwencli.bench.causes import THROTTLING, Cause
+from qwencli.bench.attribution.records import RunRecord, TimedRow, records_by_cell
+from qwencli.bench.causes import POWER_CAP, THROTTLING, Cause
 from qwencli.bench.measure.roofline import GPU_BUSY
 
 # The kernel counts what the hypervisor takes in ticks of 10 ms: fewer say nothing.
 LEAST_STEAL_MS = 50.0
+# A driver rounds the limit that it keeps.
+LOWERED_LIMIT_PERCENT = 98.0
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,28 @@ def percentages(
     }
 
 
+def of_process(
+    runs: Iterable[Mapping[str, Any]],
+    host: Iterable[Mapping[str, Any]],
+    gpu: Iterable[Mapping[str, Any]],
+    machine: Machine,
+) -> list[ExceededLimit]:
+    """The limits that a process was above whose rows are not in files yet, as far as its own runs
+    tell: not whether other cells of the campaign had a quicker core or a higher clock.
+
+    Args:
+        runs, host, gpu: rows of one cell, as for the files of these names.
+    """
+    records = records_by_cell(*map(_texts, (runs, (), host, gpu)))
+    return [
+        over for found in percentages(records, {}, machine).values() for over in over_limits(found)
+    ]
+
+
+def _texts(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+    return [{k: "" if v is None else str(v) for k, v in row.items()} for row in rows]
+
+
 def _best_of(cells: Iterable[Sequence[RunRecord]]) -> BestOfCampaign:
     cells = list(cells)
     loops = [loop for records in cells if (loop := _median(records, "cpu_loop_us"))]
@@ -267,13 +291,24 @@ def _held_ms(run: RunRecord, decode: TimedRow, best: BestOfCampaign) -> float | 
     samples = _samples(run, decode, "sm_clock_mhz")
     if not samples or not best.sm_clock_mhz:
         return None
-    lost = [
-        1 - sample.figures["sm_clock_mhz"] / best.sm_clock_mhz
-        if any(f"throttle:{reason}" in sample.figures for reason in THROTTLING)
-        else 0.0
-        for sample in samples
-    ]
+    highest = best.sm_clock_mhz
+    lost = [1 - s.figures["sm_clock_mhz"] / _free_clock_mhz(s, highest) for s in samples]
     return decode.span_ms * statistics.fmean(lost)
+
+
+def _free_clock_mhz(sample: TimedRow, highest: float) -> float:
+    """What a clock would be that nothing holds: itself where nothing does, else the campaign's
+    highest. Where heat, the supply or a power limit below the card's own holds it, no cell may have
+    been free: then it is the highest that the card has. At its own limit a card runs all its life.
+    """
+    figures = sample.figures
+    held = {reason for reason in THROTTLING if f"throttle:{reason}" in figures}
+    if not held:
+        return figures["sm_clock_mhz"]
+    lowered = figures.get("power_limit_percent", 100.0) < LOWERED_LIMIT_PERCENT
+    if held != {POWER_CAP} or lowered:
+        return max(highest, figures.get("max_sm_clock_mhz", 0.0))
+    return highest
 
 
 def _samples(run: RunRecord, decode: TimedRow, column: str) -> list[TimedRow]:

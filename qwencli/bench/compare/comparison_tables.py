@@ -12,7 +12,7 @@ from qwencli.bench.compare.comparison import CellComparison, Comparison, Verdict
 from qwencli.bench.compare.intervals import CHANGE_CONFIDENCE, SAME_CONFIDENCE
 from qwencli.bench.compare.sides import SideCell
 from qwencli.bench.plan.matrix import AXES
-from qwencli.bench.report.tables import row_label, title, varying_axes
+from qwencli.bench.report.tables import is_quotable, row_label, speed_text, title, varying_axes
 from qwencli.output import counted
 
 if TYPE_CHECKING:
@@ -41,11 +41,16 @@ def comparison_table(found: Comparison) -> RenderableType:
     for cell in found.cells:
         table.add_row(
             row_label(cell.a.row, axes),
-            *(f"{side.level:.1f}" for side in (cell.a, cell.b)),
+            *map(_speed, (cell.a, cell.b)),
             *_change(cell),
             Text(str(cell.verdict), style=_STYLE.get(cell.verdict, "")),
         )
     return Group(table, *lines)
+
+
+def _speed(side: SideCell) -> str:
+    """What is compared; where that is not to be quoted, what the runs span."""
+    return f"{side.level:.1f}" if is_quotable(side.row) else speed_text(side.row)
 
 
 def _change(cell: CellComparison) -> tuple[str, str]:
@@ -56,7 +61,8 @@ def _change(cell: CellComparison) -> tuple[str, str]:
 
 
 def _ratio(cell: CellComparison) -> float:
-    return cell.b.level / cell.a.level
+    """The estimate that the interval is around, where there is one."""
+    return cell.ratio.same.estimate if cell.ratio else cell.b.level / cell.a.level
 
 
 def _lines(found: Comparison) -> list[str]:

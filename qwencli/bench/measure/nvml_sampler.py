@@ -12,6 +12,7 @@ until a "+"; ends when its stdin closes.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import threading
 import time
@@ -45,6 +46,42 @@ def sensors(nvml: Any) -> Mapping[str, Callable[[Any], Any]]:
         "pcie_width": nvml.nvmlDeviceGetCurrPcieLinkWidth,
         "compute_processes": lambda h: len(nvml.nvmlDeviceGetComputeRunningProcesses(h)),
     }
+
+
+class CardLimits:
+    """What a GPU may do at most: its highest clock, and the power limit that holds now as a share
+    of the one that it comes with. Read once in EVERY_S, as they hardly ever change."""
+
+    EVERY_S = 1.0
+
+    def __init__(self, nvml: Any) -> None:
+        self._nvml = nvml
+        self._read_s = -math.inf
+        self._limits: dict[str, Any] = {}
+
+    def read(self, handle: Any, now_s: float) -> Mapping[str, Any]:
+        """Columns of gpu.csv; None what this device does not tell."""
+        if now_s - self._read_s >= self.EVERY_S:
+            self._read_s = now_s
+            nvml = self._nvml
+            self._limits = {
+                "max_sm_clock_mhz": self._asked(
+                    lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)
+                ),
+                "power_limit_percent": self._asked(lambda: _power_limit_percent(nvml, handle)),
+            }
+        return self._limits
+
+    def _asked(self, ask: Callable[[], Any]) -> Any:
+        try:
+            return ask()
+        except self._nvml.NVMLError:
+            return None
+
+
+def _power_limit_percent(nvml: Any, handle: Any) -> float | None:
+    usual = nvml.nvmlDeviceGetPowerManagementDefaultLimit(handle)
+    return 100 * nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / usual if usual else None
 
 
 # NVML_ERROR_NOT_FOUND: no program has used the GPU since the last time.
@@ -90,7 +127,9 @@ class OtherPrograms:
         return self._last[1]
 
 
-def read_sample(nvml: Any, handle: Any, index: int, others: OtherPrograms) -> dict[str, Any]:
+def read_sample(
+    nvml: Any, handle: Any, index: int, others: OtherPrograms, limits: CardLimits
+) -> dict[str, Any]:
     """One reading of all sensors; what this device does not offer is None."""
     sample: dict[str, Any] = {"t_s": time.perf_counter(), "gpu_index": index}
     for column, read in sensors(nvml).items():
@@ -99,7 +138,7 @@ def read_sample(nvml: Any, handle: Any, index: int, others: OtherPrograms) -> di
         except nvml.NVMLError:
             sample[column] = None
     sample["other_sm_percent"] = others.percent(handle, sample["t_s"])
-    return sample
+    return {**sample, **limits.read(handle, sample["t_s"])}
 
 
 def _handles(nvml: Any, uuid: str | None) -> list[tuple[int, Any]]:
@@ -131,10 +170,11 @@ def _sample_forever(nvml: Any, handles: list[tuple[int, Any]], interval_s: float
     threading.Thread(target=end_with_parent, args=(going,), daemon=True).start()
     due = time.perf_counter()
     others = {index: OtherPrograms(nvml) for index, _ in handles}
+    limits = {index: CardLimits(nvml) for index, _ in handles}
     while True:
         going.wait()
         for index, handle in handles:
-            _say(read_sample(nvml, handle, index, others[index]))
+            _say(read_sample(nvml, handle, index, others[index], limits[index]))
         due = max(due + interval_s, time.perf_counter())
         time.sleep(max(0.0, due - time.perf_counter()))
 

@@ -222,13 +222,21 @@ QUIET = DetailTable(
 DETAILS = (AS_ORIGIN, STEADINESS, LIMITS, QUIET)
 
 
-def cell_summary(status: str, reason: str | None, speeds: Sequence[float]) -> str:
-    """One line on a process that has just ended; no median where its runs differ too much."""
+def cell_summary(
+    status: str,
+    reason: str | None,
+    speeds: Sequence[float],
+    over: Sequence[whole_cell.ExceededLimit] = (),
+) -> str:
+    """One line on a process that has just ended; no median where its runs differ too much, or were
+    above a limit (`over`)."""
     parts = [] if status == "ok" else [f"{status}: {reason}" if reason else status]
     if status == "ok" and reason:
         parts.append(reason)
-    if speeds and is_unstable(run_ratio(speeds)):
-        parts.append(f"{min(speeds):.1f} to {max(speeds):.1f} tok/s")
+    if speeds and (over or is_unstable(run_ratio(speeds))):
+        low, high = f"{min(speeds):.1f}", f"{max(speeds):.1f}"
+        parts.append(f"{low} tok/s" if low == high else f"{low} to {high} tok/s")
+        parts += [f"{NOT_QUOTABLE}: {over[0].words}"] if over else []
     elif speeds:
         spread = f" ({min(speeds):.1f} to {max(speeds):.1f})" if len(speeds) > 1 else ""
         parts.append(f"{statistics.median(speeds):.1f} tok/s{spread}")

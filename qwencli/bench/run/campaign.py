@@ -22,6 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
+from qwencli.bench.attribution.whole_cell import machine_of
 from qwencli.bench.measure.telemetry import Sample, run_columns
 from qwencli.bench.plan import stopping
 from qwencli.bench.plan.campaign_plan import Plan, check_same
@@ -72,6 +73,7 @@ class Campaign:
     ) -> None:
         self.folder = folder
         self.plan = plan
+        self.machine = machine_of(environment)
         self.repaired = 0
         document = plan.document()
         if not resume:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
-from qwencli.bench.measure.telemetry import Telemetry
+from qwencli.bench.attribution import whole_cell
+from qwencli.bench.measure.telemetry import Sample, Telemetry
 from qwencli.bench.plan.campaign_plan import Plan, dump_spec
 from qwencli.bench.plan.matrix import BenchCell, cell_label
 from qwencli.bench.report.tables import cell_summary
@@ -165,9 +166,10 @@ def _run_planned(
     """Run one process and say how it ended; returns its status."""
     progress.begin(planned.number, _runs_of(campaign, planned))
     with span(planned.label):
-        ending, speeds = _run_process(campaign, planned, options, telemetry, progress)
+        ending, made = _run_process(campaign, planned, options, telemetry, progress)
     progress.end()
-    say(f"    {cell_summary(ending.status, ending.reason, speeds)}")
+    over = whole_cell.of_process(made.runs, made.host, made.gpu, campaign.machine)
+    say(f"    {cell_summary(ending.status, ending.reason, made.speeds, over)}")
     if ending.of_model and (alike := _end_alike(campaign, planned.cell, ending)):
         cells = counted(alike, "other cell")
         cell = planned.cell
@@ -273,13 +275,33 @@ def _runs_of(campaign: Campaign, planned: _PlannedProcess) -> int:
     return max(0, rule.min_runs - campaign.progress(planned.cell).runs)
 
 
+@dataclass
+class _Made:
+    """Rows of the runs that one process has made, without warm-ups."""
+
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    host: list[dict[str, Any]] = field(default_factory=list)
+    gpu: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, cell: BenchCell, message: Mapping[str, Any], within: Sequence[Sample]) -> None:
+        key = {"cell_id": cell.cell_id, "run": message["row"]["run"]}
+        if message["row"]["run"]:
+            self.runs.append({**key, **message["row"]})
+            self.host += [{**key, **row} for row in message["host"]]
+            self.gpu += [{**key, **sample} for sample in within]
+
+    @property
+    def speeds(self) -> list[float]:
+        return [speed for row in self.runs if (speed := row["decode_tok_per_s"])]
+
+
 def _run_process(
     campaign: Campaign,
     planned: _PlannedProcess,
     options: RunnerOptions,
     telemetry: Telemetry,
     progress: CampaignProgress,
-) -> tuple[Ending, list[float]]:
+) -> tuple[Ending, _Made]:
     cell, turn = planned.cell, planned.turn
     work = campaign.plan.worker_spec(cell, turn, campaign.progress(cell))
     checked = campaign.has_checks(cell, "quality")
@@ -293,7 +315,7 @@ def _run_process(
     )
     spec = dump_spec(work)
     lost = 0  # the run being made now: the warm-up comes first
-    speeds: list[float] = []
+    made = _Made()
     log, timeout_s = campaign.log_path(cell), options.timeout_s
     with WorkerProcess(options.command, spec, log, timeout_s, progress.tick) as worker:
         for message in worker.messages():
@@ -312,20 +334,19 @@ def _run_process(
             before, within = telemetry.take(message["start_s"], message["end_s"])
             campaign.add_run(cell, message, before, within)
             lost = campaign.progress(cell).runs + 1
-            if message["row"]["run"] and message["row"]["decode_tok_per_s"]:
-                speeds.append(message["row"]["decode_tok_per_s"])
-            progress.step(_next_step(campaign, planned, speeds))
+            made.add(cell, message, within)
+            progress.step(_next_step(campaign, planned, made.speeds))
         ending = worker.ending
-        made = campaign.turn_made(cell, turn)
-        if made:
+        whole = campaign.turn_made(cell, turn)
+        if whole:
             _note_missing(campaign, cell, options, ending)
-        if ending.status != "ok" and made:
+        if ending.status != "ok" and whole:
             # What went wrong came after the runs: they are measured and stand.
-            return Ending("ok", f"after its runs: {ending.status}: {ending.reason}"), speeds
+            return Ending("ok", f"after its runs: {ending.status}: {ending.reason}"), made
         if ending.status != "ok":
             skipped = ending.status == "skipped"
             campaign.add_end(cell, ending.status, ending.reason, None if skipped else lost)
-    return ending, speeds
+    return ending, made
 
 
 def _add_trace(planned: _PlannedProcess, events: Sequence[Sequence[Any]]) -> None:

@@ -76,6 +76,7 @@ GPU = (
     "cell_id", "run", "t_s", "gpu_index", "sm_clock_mhz", "mem_clock_mhz", "pstate",
     "power_w", "temperature_c", "utilization_percent", "memory_used_bytes",
     "throttle_reasons", "pcie_gen", "pcie_width", "compute_processes", "other_sm_percent",
+    "max_sm_clock_mhz", "power_limit_percent",
 )  # fmt: skip
 
 HOST = (

@@ -163,6 +163,15 @@ def _pictures(
         yield picture
 
 
+def _without_path(reason: str | None, key: str) -> str:
+    """The reason without the picture's path at its beginning: a card has it, and little room."""
+    before, path, rest = (reason or "").replace("\\", "/").partition(key)
+    if path and rest[:1] in (":", " ") and before[-1:] in ("", "/"):
+        # The path alone has had its backslashes turned.
+        return (reason or "")[-len(rest) :].lstrip(": ")
+    return reason or ""
+
+
 def _notes(survey: Survey) -> dict[int, list[str]]:
     """What is to be said of each picture, the gravest first."""
     notes: dict[int, list[str]] = {}
@@ -171,9 +180,10 @@ def _notes(survey: Survey) -> dict[int, list[str]]:
         notes.setdefault(n, []).append(text)
 
     for n in survey.failed:
-        say(n, f"Failed: {survey.entries[n].failure}")
+        say(n, f"Failed: {_without_path(survey.entries[n].failure, survey.entries[n].key)}")
     for n in survey.unreadable:
-        say(n, f"Cannot be opened: {survey.entries[n].unreadable}")
+        reason = _without_path(survey.entries[n].unreadable, survey.entries[n].key)
+        say(n, f"Cannot be opened: {reason}")
     for n in survey.missing:
         say(n, "No caption")
     for n, fault in survey.faults.items():

@@ -71,8 +71,7 @@ class PendingRead:
         """Until all of it has been read; on a GPU it is on its way then, see `Reader.join`.
 
         Raises:
-            ModelFileError: the file is shorter than its header says.
-            OSError: it cannot be read.
+            ModelFileError: the file is shorter than its header says, or cannot be read.
         """
         for piece, reading in self._pieces:
             staging = reading.result()
@@ -218,8 +217,15 @@ class Reader:
         return _Staging(staging.bytes, copied)
 
     def _fill(self, piece: _Piece, host: torch.Tensor) -> None:
-        with span("read", tensor=piece.source.name, bytes=piece.num_bytes):
-            _fill(self._open(piece.source), host, piece.source, piece.start)
+        source = piece.source
+        with span("read", tensor=source.name, bytes=piece.num_bytes):
+            try:
+                _fill(self._open(source), host, source, piece.start)
+            except OSError as error:
+                raise ModelFileError(
+                    f"{source.file}: {source.name} cannot be read ({error.strerror or error})",
+                    "see that the file is there, and its disk in order",
+                ) from error
         self._progress.add(piece.num_bytes)
 
     def _open(self, source: StoredTensor) -> io.FileIO:

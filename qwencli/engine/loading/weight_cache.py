@@ -90,7 +90,7 @@ class CachedMatrices:
         def finish() -> Mapping[str, QuantizedTensor]:
             try:
                 reading.wait()
-            except (OSError, ModelFileError) as error:
+            except ModelFileError as error:
                 raise DamagedCache from error
             if checksum(whole) != self._checksum:
                 raise DamagedCache
@@ -200,7 +200,7 @@ class CacheWriter:
                         self.abandon()
                         return
                     self._append(f"{name}.{_IN_FILES.get(part, part)}", tensor)
-        except OSError as error:
+        except (OSError, RuntimeError, MemoryError) as error:  # a copy finds no memory
             self._give_up(error)
         else:
             self._finish()
@@ -256,10 +256,11 @@ class CacheWriter:
         self._stream.write(memoryview(raw.numpy()))  # type: ignore[arg-type]
         self._position = end
 
-    def _give_up(self, error: OSError) -> None:
+    def _give_up(self, error: Exception) -> None:
+        said = getattr(error, "strerror", None) or str(error) or type(error).__name__
         self.warning = (
             f"the quantized weights could not be kept in {self._file.parent} "
-            f"({error.strerror or error}); the next load quantizes them again"
+            f"({said.splitlines()[0]}); the next load quantizes them again"
         )
         self.abandon()
 

@@ -41,6 +41,7 @@ from qwencli.engine.quant.quantized_tensor import (
     quantize,
     stack,
 )
+from qwencli.errors import ModelFileError
 from qwencli.models.checkpoint import Checkpoint, find_sources
 from qwencli.models.memory import with_activation_bits
 from qwencli.models.quant_formats import PackedFormat, PackedLayer
@@ -164,6 +165,7 @@ def begin(
             (all named), or an unreadable file.
     """
     files = find_weights(folder).files
+    written = {file: _last_written(file) for file in files}
     found = find_sources(shape, stored_tensors(files), packed, folder)
     zero_offset = 0 if packed is None else packed.zero_offset
     origin = "" if packed is None else packed.label
@@ -173,7 +175,7 @@ def begin(
         reader = Reader(device, progress)
         try:
             loading = _Loading(found, reader, dtype, device, zero_offset)
-            return _Attempt(found, kept, reader, loading, device, progress, cached)
+            return _Attempt(found, kept, reader, loading, device, progress, cached, written)
         except BaseException:
             reader.close()
             raise
@@ -209,7 +211,7 @@ class PendingWeights:
         writer: Callable[[LoadedWeights], CacheWriter] | None,
     ) -> None:
         self._begin, self._writer, self._has_cached = attempt, writer, cached is not None
-        self._attempt = attempt(cached)
+        self._attempt: _Attempt | None = attempt(cached)
 
     def __enter__(self) -> PendingWeights:
         return self
@@ -219,7 +221,8 @@ class PendingWeights:
 
     def close(self) -> None:
         """End all reading."""
-        self._attempt.reader.close()
+        if self._attempt is not None:
+            self._attempt.reader.close()
 
     def finish(self, quantizer: Quantizer = quantize) -> LoadedWeights:
         """All weights, each checked for NaN and infinity (one more read on the device, and one
@@ -229,8 +232,10 @@ class PendingWeights:
             quantizer: of what has to be quantized.
 
         Raises:
-            ModelFileError: values that are not finite (all named), or an unreadable file.
+            ModelFileError: values that are not finite (all named), or a file that cannot be read or
+                was changed meanwhile.
         """
+        assert self._attempt is not None, "as long as nothing has failed"
         if self._has_cached:
             from qwencli.engine.loading.weight_cache import DamagedCache
 
@@ -238,13 +243,18 @@ class PendingWeights:
                 return self._attempt.finish(quantizer)
             except DamagedCache:
                 self.close()
-            self._attempt = self._begin(None)  # nothing of the other is left here
+                self._attempt = None  # its memory is what the other one needs
+            self._attempt = self._begin(None)
         loaded = self._attempt.finish(quantizer)
         return loaded if self._writer is None else replace(loaded, keeping=self._writer(loaded))
 
 
 class _Attempt:
-    """One try to read a checkpoint, with the matrices that were kept or without."""
+    """One try to read a checkpoint, with the matrices that were kept or without.
+
+    Args:
+        written: see `_last_written`, of each file before it was looked at.
+    """
 
     def __init__(
         self,
@@ -255,8 +265,9 @@ class _Attempt:
         device: torch.device,
         progress: BytesRead | None,
         cached: CachedMatrices | None,
+        written: Mapping[Path, tuple[int, int] | None],
     ) -> None:
-        self.reader = reader
+        self.reader, self._written = reader, written
         self._found, self._kept, self._loading, self._device = found, kept, loading, device
         wanted = [spec for spec in specs(found.shape) if cached is None or spec.name not in cached]
         sizes = {spec.name: found.size_bytes(spec) for spec in wanted}
@@ -285,12 +296,26 @@ class _Attempt:
         if self._cached is not None:
             kept.keep_matrices(self._cached())
             self._cached = None
+        changed = [file for file, before in self._written.items() if _last_written(file) != before]
+        if changed:
+            raise ModelFileError(
+                f"{changed[0]} was changed while it was read", "load it once it is written"
+            )
         reader.join()
         check_zero(self._found.zero_biases, reader)
         largest = check_finite(loading.largest(), loading.dtype)
         check_scales(largest, loading.scaled, reader)
         reader.close()
         return kept.weights(self._found.unused)
+
+
+def _last_written(file: Path) -> tuple[int, int] | None:
+    """Size of a file and when it was last written to; None = it is gone."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def _ahead(

@@ -19,15 +19,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import threading
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from qwencli.engine.machine.host import usable_cores
 from qwencli.errors import ModelFileError
 from qwencli.models.shape_reader import read_shape
 
+T = TypeVar("T")
 PROC = Path("/proc")
 
 
@@ -81,20 +83,69 @@ def threads_for(hub_config: Mapping[str, Any], wanted: int | None) -> int:
     return max(1, min(_usable(), largest // VALUES_A_THREAD))
 
 
-@contextmanager
-def computing_with(threads: int | None) -> Iterator[None]:
-    """Let torch's operators use so many inside the block; None changes nothing."""
-    import torch
+class _OfThread(threading.local):
+    """The blocks that run in this thread, as they began: torch has a number for each thread, and
+    that which was set last for those that begin to compute."""
 
-    before = torch.get_num_threads()
-    if threads is None or threads == before:
-        yield
-        return
-    torch.set_num_threads(threads)
+    def __init__(self) -> None:
+        self.blocks: dict[_Block, int] = {}
+
+
+_of_thread, _lock = _OfThread(), threading.RLock()
+# Blocks of all threads, and what there was before the first of them.
+_num_blocks = _before = 0
+
+
+class _Block:
+    """No generator: the step of a small model is one, of 300 us, and that takes 10."""
+
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        self._threads, self._torch = threads, torch
+
+    def __enter__(self) -> None:
+        global _num_blocks, _before
+        self._blocks = _of_thread.blocks
+        with _lock:
+            if not _num_blocks:
+                _before = self._torch.get_num_threads()
+            _num_blocks += 1
+            self._blocks[self] = self._threads
+            self._torch.set_num_threads(self._threads)
+
+    def __exit__(self, *exc: object) -> None:
+        global _num_blocks
+        with _lock:
+            _num_blocks -= 1
+            del self._blocks[self]
+            self._torch.set_num_threads(next(reversed(self._blocks.values()), _before))
+
+
+def computing_with(threads: int | None) -> AbstractContextManager[None]:
+    """Let torch's operators use so many inside the block, in this thread; None changes nothing.
+
+    Blocks may end in any order: of those that run in a thread the one that began last has its
+    number, and behind them there is what was there before.
+    """
+    return nullcontext() if threads is None else _Block(threads)
+
+
+def each_with(threads: int | None, items: Generator[T, None, None]) -> Iterator[T]:
+    """What a generator gives, each made by so many threads. Whoever takes it computes with torch's
+    own number meanwhile, or with that of another generator."""
+    block = computing_with(threads)
     try:
-        yield
+        while True:
+            with block:
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
     finally:
-        torch.set_num_threads(before)
+        with block:
+            items.close()
 
 
 @functools.cache
@@ -103,7 +154,9 @@ def _usable() -> int:
     (`OMP_NUM_THREADS`)."""
     import torch
 
-    return max(1, min(usable_cores(), torch.get_num_threads(), *_quotas()))
+    with _lock:
+        own = _before if _num_blocks else torch.get_num_threads()
+    return max(1, min(usable_cores(), own, *_quotas()))
 
 
 def _quotas() -> Iterator[int]:

@@ -9,12 +9,18 @@ function's indentation says it sooner.
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
+import operator
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ContextDecorator, contextmanager
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
 
 # A thread that wants the interpreter lock back waits this long for another one to give it up;
 # Python's 5 ms is longer than a token takes. A pass over prompts takes it back at each of hundreds
@@ -24,81 +30,138 @@ PASS_TURN_S, STEP_TURN_S = 0.00005, 0.0005
 # While a model loads, threads that read weights take turns with those that import and warm up; each
 # needs the lock a few times for each piece (docs/experiments/2026-11-30-first-token.md).
 LOAD_TURN_S = 0.0002
-# What blocks that run now want, and what there was before the first of them.
-_turns_s: list[float] = []
-_turn_before_s, _turns_lock = 0.0, threading.Lock()
 # How the source of a function begins, and what its first line may close further down.
 _STARTS, _CLOSING = ("def ", "@"), ")]}"
 _in_tokens = inspect.getblock
-_quick_blocks, _quick_lock = 0, threading.Lock()
+# Again by the same thread: what is collected while it is held may end a block.
+_lock = threading.RLock()
 
 
-@contextmanager
-def gc_paused() -> Iterator[None]:
+class _Setting(Generic[T]):
+    """A setting of the whole process that blocks want to be another.
+
+    Args:
+        joined: what was there before and what each block wants -> what is put.
+    """
+
+    _before: T
+
+    def __init__(
+        self,
+        get: Callable[[], T],
+        put: Callable[[T], object],
+        joined: Callable[[Sequence[T]], T],
+    ) -> None:
+        self._get, self._put, self._joined = get, put, joined
+        self._wanted: list[T] = []
+
+    def begin(self, value: T) -> None:
+        if not self._wanted:
+            self._before = self._get()
+        self._wanted.append(value)
+        self._put(self._joined((self._before, *self._wanted)))
+
+    def end(self, value: T) -> None:
+        self._wanted.remove(value)
+        self._put(self._joined((self._before, *self._wanted)))
+
+
+class _Block(ContextDecorator):
+    """A block that wants settings to be so.
+
+    Blocks of several threads and streams may end in any order: what all that run want together is
+    there for each, and the last one gives back what was there before the first. No generator: a
+    step of rows is one, and that takes 10 us for each.
+    """
+
+    def __init__(self, *wanted: tuple[_Setting[Any], Any]) -> None:
+        self._wanted = wanted
+
+    def __enter__(self) -> None:
+        with _lock:
+            for setting, value in self._wanted:
+                setting.begin(value)
+
+    def __exit__(self, *exc: object) -> None:
+        with _lock:
+            for setting, value in self._wanted:
+                setting.end(value)
+
+
+_COLLECTS = _Setting(gc.isenabled, lambda on: gc.enable() if on else gc.disable(), all)
+_TURN_S: _Setting[float] = _Setting(sys.getswitchinterval, sys.setswitchinterval, min)
+_GETBLOCK: _Setting[Any] = _Setting(
+    lambda: inspect.getblock,
+    functools.partial(setattr, inspect, "getblock"),
+    operator.itemgetter(-1),
+)
+
+
+def gc_paused() -> _Block:
     """No collection inside the block. A full one walks every object of every library loaded, 100 ms
     and more in the middle of an answer; of a large set's listing collections take a tenth."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
+    return _Block((_COLLECTS, False))
+
+
+def undisturbed(turn_s: float = PASS_TURN_S) -> _Block:
+    """No garbage collection inside the block, and quick turns at the interpreter lock: the quickest
+    that any block wants."""
+    return _Block((_TURN_S, turn_s), (_COLLECTS, False))
+
+
+def quick_function_sources() -> _Block:
+    """Inside the block `inspect` finds what it always finds, sooner; in every thread."""
+    return _Block((_GETBLOCK, block_of))
+
+
+# Whose load has left something out of collections, and how many loads run.
+_frozen_for: weakref.WeakSet[object] = weakref.WeakSet()
+_num_loading = 0
 
 
 @contextmanager
-def gc_freeze_loaded() -> Iterator[None]:
-    """Take everything that exists behind the block out of later collections: it is here to stay.
+def gc_freeze_loaded(owner: object) -> Iterator[None]:
+    """Take everything that exists behind the block out of later collections: it is here to stay,
+    until `gc_thawed` of the same owner.
 
     What was there before is not even looked through for garbage, which takes 0.1 to 0.3 s of
-    libraries alone. Where the block fails nothing is taken out.
+    libraries alone. Blocks of several threads may end in any order. What is made in one that fails
+    is not taken out, and nothing is while another runs: it may be garbage at its end.
     """
-    gc.freeze()
+    global _num_loading
+    with _lock:
+        if not _num_loading:
+            gc.freeze()
+        _num_loading += 1
     try:
         yield
         gc.collect()
     except BaseException:
-        gc.unfreeze()
+        with _lock:
+            _num_loading -= 1
+            if not (_num_loading or _frozen_for):
+                gc.unfreeze()
         raise
-    gc.freeze()
+    with _lock:
+        _num_loading -= 1
+        _frozen_for.add(owner)
+        if not _num_loading:
+            gc.freeze()
 
 
 @contextmanager
-def undisturbed(turn_s: float = PASS_TURN_S) -> Iterator[None]:
-    """No garbage collection inside the block, and quick turns at the interpreter lock.
-
-    Blocks of several threads and streams may end in any order: the quickest turns that any of them
-    wants are those of all, and the last one gives back what was there before the first.
-    """
-    global _turn_before_s
-    with _turns_lock:
-        if not _turns_s:
-            _turn_before_s = sys.getswitchinterval()
-        _turns_s.append(turn_s)
-        sys.setswitchinterval(min(_turn_before_s, *_turns_s))
-    try:
-        with gc_paused():
-            yield
-    finally:
-        with _turns_lock:
-            _turns_s.remove(turn_s)
-            sys.setswitchinterval(min(_turn_before_s, *_turns_s) if _turns_s else _turn_before_s)
-
-
-@contextmanager
-def quick_function_sources() -> Iterator[None]:
-    """Inside the block `inspect` finds what it always finds, sooner; in every thread."""
-    global _quick_blocks
-    with _quick_lock:
-        _quick_blocks += 1
-        inspect.getblock = block_of  # type: ignore[assignment]
+def gc_thawed(owner: object) -> Iterator[None]:
+    """Inside the block everything is looked through for garbage, of which the owner's is now part;
+    behind it what there is for other owners is left out again."""
+    with _lock:
+        _frozen_for.discard(owner)
+        gc.unfreeze()
     try:
         yield
     finally:
-        with _quick_lock:
-            _quick_blocks -= 1
-            if not _quick_blocks:
-                inspect.getblock = _in_tokens
+        with _lock:
+            if _frozen_for and not _num_loading:
+                gc.freeze()
 
 
 def block_of(lines: list[str]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +39,7 @@ from qwencli.engine.machine.host import host_memory
 from qwencli.engine.machine.python_runtime import (
     LOAD_TURN_S,
     gc_freeze_loaded,
+    gc_thawed,
     quick_function_sources,
     undisturbed,
 )
@@ -66,7 +66,7 @@ from qwencli.engine.native.supported import (
     quantizer_for,
 )
 from qwencli.engine.protocol import RequestQueue
-from qwencli.engine.request import Limits, StepOutput
+from qwencli.engine.request import Limits, RequestId, StepOutput
 from qwencli.engine.resolve import (
     check_modes,
     device_lacks,
@@ -190,6 +190,10 @@ class NativeEngine(BaseEngine):
         found, self._of_others = self._of_others, []
         return found or self._step_of_rows()
 
+    def abort(self, request: RequestId) -> None:
+        self._of_others = [each for each in self._of_others if each.request != request]
+        super().abort(request)
+
     def _step_of_rows(self) -> list[StepOutput]:
         # As a lone stream computes: how many threads share a sum is part of it.
         as_alone = self._generation is None or self.config.batch_invariant
@@ -205,7 +209,7 @@ class NativeEngine(BaseEngine):
             self._pinning.start()
 
     def _load(self, found: FoundModel) -> tuple[ModelFiles, EffectiveConfig]:
-        with undisturbed(LOAD_TURN_S), quick_function_sources(), gc_freeze_loaded():
+        with undisturbed(LOAD_TURN_S), quick_function_sources(), gc_freeze_loaded(self):
             if self._pinning is not None:
                 self._pinning.join()
             try:
@@ -513,8 +517,8 @@ class NativeEngine(BaseEngine):
         self._vision_cache.clear()
         if self.effective.cache == Cache.STATIC_COMPILE:
             torch.compiler.reset()
-        gc.unfreeze()
-        release(self.effective.device)
+        with gc_thawed(self):
+            release(self.effective.device)
 
     def _make_queue(self) -> RequestQueue:
         """Rows that run together, where the modes of this engine are those that rows have."""

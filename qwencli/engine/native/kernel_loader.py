@@ -69,7 +69,7 @@ class Fork:
         if self._pid == 0:
             run_in_fork(job, pipe)
         os.close(pipe)
-        self._ended = False
+        self._ended, self._ending = False, threading.Lock()
 
     def wait(self) -> str | None:
         """Until it ends: None = all is compiled, "" = it did not get on and was ended, else what
@@ -81,18 +81,20 @@ class Fork:
                 return None if self._reaped() == 0 else said.decode(errors="replace").strip(".")
             said += more
         self.kill()
+        self._reaped()
         return ""
 
     def kill(self) -> None:
-        """End it where it still runs."""
-        if sys.platform != "win32" and not self._ended:
-            os.kill(self._pid, signal.SIGKILL)
-            self._reaped()
+        """End it where it still runs; of any thread. The one that waits hears of it."""
+        with self._ending:
+            if sys.platform != "win32" and not self._ended:
+                os.kill(self._pid, signal.SIGKILL)
 
     def _reaped(self) -> int:
-        self._ended = True
-        os.close(self._pipe)
-        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        with self._ending:
+            self._ended = True
+            os.close(self._pipe)
+            return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
 
 
 class KernelLoader:
@@ -109,6 +111,7 @@ class KernelLoader:
         self._planned, self._gpu, self._device = planned, gpu, device
         self.num_kernels = self.num_compiled = 0
         self._child: subprocess.Popen[bytes] | None = None
+        self._closed, self._closing = threading.Event(), threading.Lock()
         self._folder = use_folder_of(device)
         self._manifest = manifest_of(planned, gpu, self._folder)
         self._fork: Fork | None = None
@@ -131,9 +134,11 @@ class KernelLoader:
         return taken_notes()
 
     def close(self) -> None:
-        """End what is still compiling."""
-        if self._child is not None and self._child.poll() is None:
-            self._child.kill()
+        """End what is still compiling; nothing is begun after that."""
+        with self._closing:
+            self._closed.set()
+            if self._child is not None and self._child.poll() is None:
+                self._child.kill()
         if self._fork is not None:
             self._fork.kill()
 
@@ -150,12 +155,16 @@ class KernelLoader:
         if launches is None or self._fork is not None:
             with span("compile"):
                 self._compile(self._manifest, self._folder)
+            if self._closed.is_set():
+                return
             launches = read_manifest(self._manifest)
             settle_cache_keys(self._folder)
         if launches is None:
             return  # compiled when they are first launched
         with torch.cuda.device(self._device):
             for launch in launches:
+                if self._closed.is_set():
+                    return
                 found = compile_launch(launch)
                 with suppress(AttributeError):  # a method that later versions may not have
                     found._init_handles()
@@ -167,6 +176,8 @@ class KernelLoader:
         if self._fork is not None and failed is None:
             self.num_compiled = len(read_manifest(manifest) or ())
             return
+        if self._closed.is_set():
+            return
         if failed:
             note_once(f"kernels were not compiled ahead of time: {failed[:200]}")
             return
@@ -174,10 +185,13 @@ class KernelLoader:
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
         command = python_command("qwencli.engine.native.compile_kernels")
         try:
-            self._child = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                env=environment,
-            )  # fmt: skip
+            with self._closing:
+                if self._closed.is_set():
+                    return
+                self._child = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE, env=environment,
+                )  # fmt: skip
             _, said = self._child.communicate(pickle.dumps(job), COMPILE_TIMEOUT_S)
         except (OSError, subprocess.TimeoutExpired) as error:
             self.close()

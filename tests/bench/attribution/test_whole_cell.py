@@ -11,6 +11,7 @@ from qwencli.bench.attribution.whole_cell import (
     Machine,
     machine_of,
     middle_percent,
+    of_process,
     over_limits,
     percentages,
 )
@@ -66,6 +67,21 @@ def test_what_slows_every_run_is_named_with_its_share(cause, words, figures):
     assert found(cell_of(CPU, **figures), CPU) == [(cause, words)]
 
 
+def test_a_process_that_has_just_ended_is_judged_by_rows_that_are_in_no_file():
+    waits = {"main_runqueue_ms": 0.51 * SPAN_MS, "runqueue_ms": 0.51 * SPAN_MS}
+    for figures, words in (({}, []), (waits, ["51% of decode waited for a processor"])):
+        rows = (
+            [
+                {k: None if v == "" else float(v) if v.replace(".", "").isdigit() else v
+                 for k, v in row.items()}
+                for row in kind
+            ]
+            for number, kind in enumerate(cell_of(CPU, **figures).rows()) if number != 1
+        )  # fmt: skip
+        assert [over.words for over in of_process(*rows, CPU)] == words
+    assert of_process([], [], [], CPU) == []
+
+
 def test_a_limit_of_the_control_group_is_not_other_programs():
     figures = {"main_runqueue_ms": 200.0, "runqueue_ms": 200.0, "throttled_ms": 198.0}
     assert [cause for cause, _ in found(cell_of(CPU, **figures), CPU)] == [Cause.CGROUP_THROTTLED]
@@ -115,6 +131,24 @@ def test_a_clock_held_back_counts_by_what_it_costs():
     for run in range(2, RUNS + 1):
         cell.gpu_figures[run] = {"sm_clock_mhz": 1400, "throttle_reasons": "none"}
     assert found(cell, GPU) == []
+
+
+@pytest.mark.parametrize(
+    ("held", "lost"),
+    [
+        ({"throttle_reasons": "sw_thermal"}, [25]),
+        ({"throttle_reasons": "sw_power_cap", "power_limit_percent": 60.0}, [25]),
+        ({"throttle_reasons": "sw_power_cap", "power_limit_percent": 100.0}, []),
+        ({"throttle_reasons": "sw_power_cap"}, []),  # campaigns from before limits were read
+        ({"throttle_reasons": "none", "power_limit_percent": 60.0}, []),
+    ],
+)
+def test_what_holds_all_cells_alike_is_told_by_the_card(held, lost):
+    cell = cell_of(GPU)
+    for run in range(1, RUNS + 1):
+        cell.gpu_figures[run] = {"sm_clock_mhz": 1485, "max_sm_clock_mhz": 1980, **held}
+    words = [f"{n}% of decode was lost to a clock held back against heat or power" for n in lost]
+    assert [said for _, said in found(cell, GPU)] == words
 
 
 def test_another_program_counts_by_what_it_computes_and_not_by_its_memory():

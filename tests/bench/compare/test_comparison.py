@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from qwencli.bench.compare.comparison import Verdict, compare, decide
+from qwencli.bench.compare.comparison_tables import comparison_document, comparison_table
 from qwencli.bench.compare.intervals import Intervals
 from qwencli.bench.compare.sides import read_side
 from qwencli.bench.statistics.robust import Interval
@@ -128,6 +131,19 @@ def test_sides_that_took_turns_are_judged_by_pairs():
     assert found.verdict is Verdict.AMBIGUOUS
     (found,) = compare(make_side(before), make_side(after, **turns)).cells
     assert found.verdict is Verdict.AMBIGUOUS
+
+
+def test_what_may_not_be_quoted_is_a_range_beside_the_estimate_of_its_interval():
+    levels = [1.0, 0.3, 0.9, 0.25, 1.1, 0.8, 0.3, 1.0, 0.5, 1.0]
+    turns = {"environment": {"in_turns": "x"}}
+    a, b = (
+        make_side({SDPA: [[speed * level] * 3 for level in levels]}, **turns) for speed in (100, 94)
+    )
+    found = compare(a, b)
+    console = Console(width=80, file=io.StringIO())
+    console.print(comparison_table(found))
+    assert " 25-110 " in console.file.getvalue()
+    assert comparison_document(found)["cells"][0]["ratio"] == pytest.approx(0.94)
 
 
 def test_processes_are_told_apart_by_their_warm_ups():

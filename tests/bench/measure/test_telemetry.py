@@ -11,7 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from qwencli.bench.measure.nvml_sampler import OtherPrograms, read_sample, throttle_names
+from qwencli.bench.measure.nvml_sampler import (
+    CardLimits,
+    OtherPrograms,
+    read_sample,
+    throttle_names,
+)
 from qwencli.bench.measure.telemetry import Telemetry, run_columns
 from qwencli.bench.storage import columns
 from qwencli.engine.machine.child_process import python_command
@@ -67,6 +72,9 @@ def nvmlShutdown(): ...
 def nvmlDeviceGetHandleByUUID(uuid): return uuid
 def nvmlDeviceGetIndex(handle): return {"GPU-b": 1}[handle]
 def nvmlDeviceGetClockInfo(handle, kind): return 1000 * kind
+def nvmlDeviceGetMaxClockInfo(handle, kind): return 1980 * kind
+def nvmlDeviceGetEnforcedPowerLimit(handle): return 420_000
+def nvmlDeviceGetPowerManagementDefaultLimit(handle): return 700_000
 def __getattr__(name):
     def refuse(*_): raise NVMLError("not supported")
     return refuse
@@ -94,6 +102,7 @@ def test_the_sampler_process_reads_one_gpu_and_ends_with_its_parent(sampler):
     assert sampler.wait(timeout=20) == 3
     assert (first["gpu_index"], first["sm_clock_mhz"], first["mem_clock_mhz"]) == (1, 1000, 2000)
     assert first["power_w"] is None
+    assert (first["max_sm_clock_mhz"], first["power_limit_percent"]) == (1980, 60.0)
     assert second["t_s"] - first["t_s"] >= 0.019
 
 
@@ -135,6 +144,26 @@ def test_what_other_programs_compute_is_all_but_the_busiest():
     nvml = SimpleNamespace(NVMLError=NVMLError, nvmlDeviceGetProcessUtilization=ask)
     others = OtherPrograms(nvml)
     assert [others.percent(None, at) for at in (0.0, 1.0, 1.5, 9.0, 9.1)] == [0, 35, 35, 0, None]
+
+
+def test_limits_of_a_card_are_read_once_a_second_and_none_where_it_is_silent():
+    class NVMLError(Exception): ...
+
+    def silent(*_):
+        raise NVMLError
+
+    asked = []
+    nvml = SimpleNamespace(
+        NVMLError=NVMLError,
+        NVML_CLOCK_SM=1,
+        nvmlDeviceGetMaxClockInfo=lambda handle, kind: asked.append(kind) or 1980,
+        nvmlDeviceGetPowerManagementDefaultLimit=silent,
+    )
+    limits = CardLimits(nvml)
+    for at in (5.0, 5.5, 5.9, 6.1):
+        found = limits.read(None, at)
+        assert found == {"max_sm_clock_mhz": 1980, "power_limit_percent": None}
+    assert len(asked) == 2
 
 
 def test_a_sampler_that_breaks_is_said():
@@ -194,13 +223,16 @@ def test_a_sensor_the_device_does_not_have_is_none():
         "CurrPcieLinkGeneration",
         "CurrPcieLinkWidth",
         "ComputeRunningProcesses",
+        "MaxClockInfo",
+        "EnforcedPowerLimit",
+        "PowerManagementDefaultLimit",
     ]
     nvml = SimpleNamespace(
         NVMLError=NVMLError, NVML_CLOCK_SM=1, NVML_CLOCK_MEM=2, NVML_TEMPERATURE_GPU=0,
         **{f"nvmlDeviceGet{name}": refuse for name in names},
     )  # fmt: skip
     nvml.nvmlDeviceGetPowerUsage = lambda handle: 123_400
-    reading = read_sample(nvml, None, 2, OtherPrograms(nvml))
+    reading = read_sample(nvml, None, 2, OtherPrograms(nvml), CardLimits(nvml))
     assert reading["power_w"] == pytest.approx(123.4)
     assert reading["gpu_index"] == 2
     assert {key for key, value in reading.items() if value is None} == set(reading) - {

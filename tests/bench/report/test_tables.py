@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+from qwencli.bench.attribution.whole_cell import over_limits
 from qwencli.bench.plan.predict import Prediction, planned_table
 from qwencli.bench.report.campaign_report import markdown
 from qwencli.bench.report.cell_statistics import cell_rows
@@ -167,6 +168,14 @@ def test_a_plan_shows_order_and_skips(make_plan):
 )
 def test_progress_lines(arguments, line):
     assert cell_summary(*arguments) == line
+
+
+def test_a_process_on_a_busy_machine_ends_without_a_figure_to_quote():
+    over = over_limits({"waited_percent": 51.2})
+    assert cell_summary("ok", None, [35.9, 36.1], over) == (
+        "35.9 to 36.1 tok/s, not quotable: 51% of decode waited for a processor"
+    )
+    assert cell_summary("ok", None, [36.1], over).startswith("36.1 tok/s, not quotable")
 
 
 def test_an_unstable_cell_shows_what_its_runs_span():

@@ -57,13 +57,31 @@ def test_a_step_grows_with_the_clock_as_long_as_the_one_before_took(clock):
     progress.step("run 1 of 2")
     clock.now += 10
     progress.step("run 2 of 2")
-    assert progress.share == pytest.approx(0.5)
+    assert progress.share == pytest.approx(20 / 35)  # checks are taken for half a load
     clock.now += 5
     progress.tick()
-    assert progress.share == pytest.approx(0.625)
+    assert progress.share == pytest.approx(25 / 35)
     clock.now += 500
-    assert progress.share < 0.75
+    assert progress.share < 30 / 35
     assert seen[-1][1].startswith("[1/1] run 2 of 2, about ")
+
+
+def test_a_long_load_does_not_make_short_runs_long(clock):
+    """Six processes, each of a minute of loading and twenty seconds for all the rest."""
+    progress = CampaignProgress([1.0] * 6, clock=clock)
+    for number in range(6):
+        progress.begin(f"[{number + 1}/6]", 5)
+        clock.now += 60
+        progress.step("run 1 of 5")
+        if number == 0:
+            assert 300 < progress.left_s < 1000
+        for run in range(2, 7):
+            clock.now += 2
+            progress.step("checks after the runs" if run == 6 else f"run {run} of 5")
+        clock.now += 10
+        progress.end()
+        whole_s = 6 * 80
+        assert progress.left_s == pytest.approx(whole_s - 80 * (number + 1))
 
 
 def test_shares_only_grow_and_end_at_one(clock):

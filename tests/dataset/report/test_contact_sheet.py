@@ -83,6 +83,22 @@ def test_findings_are_filters_with_their_notes():
     assert 'data-filter="near" class="" aria-pressed="false" disabled' in text
 
 
+@pytest.mark.parametrize(
+    ("reason", "note"),
+    [
+        ("/set/sub/b.png: damaged PNG file", "damaged PNG file"),
+        ("C:\\set\\sub\\b.png is empty (0 bytes)", "is empty (0 bytes)"),
+        ("sub/b.png is not a picture: found C:\\", "is not a picture: found C:\\"),
+        ("not of sub/b.png: all", "not of sub/b.png: all"),
+        ("sub/b.png.tmp: damaged", "sub/b.png.tmp: damaged"),
+        ("loop: 'so' 9 times", "loop: 'so' 9 times"),
+    ],
+)
+def test_a_card_has_room_for_the_reason(reason, note):
+    _, data = page([Entry("sub/b.png", failure=reason, unreadable=reason)])
+    assert data["pictures"][0]["notes"] == [f"Failed: {note}", f"Cannot be opened: {note}"]
+
+
 def test_links_lead_from_the_page_to_the_picture(tmp_path):
     _, data = page(
         [Entry("sub/a b#1.png", "x")], folder=tmp_path / "set", beside=tmp_path / "reports"

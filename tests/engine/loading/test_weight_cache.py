@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import functools
+import gc
 import os
 import re
 import shutil
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -303,6 +305,43 @@ def test_a_file_that_changes_while_it_is_read_is_written_anew(
     assert_equal(first, second)
     assert warning_of(second) is None and len(quantizing) == 2 * 17
     assert file.exists()
+
+
+def test_what_a_damaged_file_gave_is_gone_before_other_weights_are_made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(folder)
+    file = cache_file(folder, Quantization.INT4, DType.FLOAT32)
+    with file.open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        last = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_END)
+        stream.write(bytes([last ^ 1]))
+    made: list[weakref.ref[weights._Attempt]] = []
+    there: list[int] = []
+    attempting = weights._Attempt.__init__
+
+    def attempt(self: Any, *about: Any) -> None:
+        gc.collect()
+        there.append(sum(each() is not None for each in made))
+        made.append(weakref.ref(self))
+        attempting(self, *about)
+
+    monkeypatch.setattr(weights._Attempt, "__init__", attempt)
+    load(folder)
+    assert there == [0, 0]
+
+
+def test_a_writer_that_finds_no_memory_is_a_warning(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: Any) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nat ...")
+
+    monkeypatch.setattr(weight_cache.ByteSums, "add", no_memory)
+    warning = warning_of(load(folder))
+    assert warning is not None and "can't allocate memory); the next load" in warning
+    assert list(cache_file(folder, Quantization.INT4, DType.FLOAT32).parent.iterdir()) == []
 
 
 def test_other_loads_take_no_file_that_is_just_begun(

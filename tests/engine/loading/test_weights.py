@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,41 @@ def test_what_is_read_is_told(
             assert told.total == stored
         else:
             assert 0 < told.total < stored
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("saved again", "was changed while it was read"),
+        ("written to", "was changed while it was read"),
+        ("cut", "ended while reading"),
+        ("gone", "cannot be read"),
+    ],
+)
+def test_files_that_change_while_they_are_read_are_refused(
+    tmp_path: Path, shape: ModelShape, hub: dict[str, torch.Tensor], how: str, said: str
+) -> None:
+    """Half of one model and half of another one would be neither."""
+    save_sharded(tmp_path, hub, 2)
+    file = tmp_path / "model-00001.safetensors"
+    # What is quantized is read in `finish`.
+    mode = Quantization("4bit")
+    with weights.begin(tmp_path, shape, torch.float32, CPU, mode) as pending:
+        if how == "saved again":
+            for name in hub:
+                hub[name] = hub[name] + 1
+            save_sharded(tmp_path, hub, 2)
+        elif how == "written to":
+            with file.open("r+b") as stream:
+                stream.seek(-64, os.SEEK_END)
+                stream.write(bytes(64))
+            os.utime(file)
+        elif how == "cut":
+            os.truncate(file, 10_000)
+        elif how == "gone":
+            file.unlink()
+        with pytest.raises(ModelFileError, match=said):
+            pending.finish()
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])

@@ -11,14 +11,19 @@ import sys
 import threading
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qwencli.config import EngineConfig
 from qwencli.engine import kernels
 from qwencli.engine.machine.python_runtime import (
     block_of,
     gc_freeze_loaded,
+    gc_paused,
+    gc_thawed,
     quick_function_sources,
     undisturbed,
 )
@@ -43,7 +48,7 @@ def test_what_a_load_leaves_is_collected_and_what_was_there_is_not_looked_throug
     before = Circle()
     gc.callbacks.append(watch)
     try:
-        with gc_freeze_loaded():
+        with gc_freeze_loaded(before):
             kept, dropped = Circle(), weakref.ref(Circle())
     finally:
         gc.callbacks.remove(watch)
@@ -51,12 +56,15 @@ def test_what_a_load_leaves_is_collected_and_what_was_there_is_not_looked_throug
     assert seen
     assert max(seen) < 2000, "libraries have a hundred times as many"
     assert not any(each in (before, kept) for each in gc.get_objects())
+    with gc_thawed(before):
+        assert gc.get_freeze_count() == 0
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.usefixtures("freezing")
 def test_a_load_that_fails_takes_nothing_out() -> None:
     before = Circle()
-    with pytest.raises(ValueError, match="no model"), gc_freeze_loaded():
+    with pytest.raises(ValueError, match="no model"), gc_freeze_loaded(before):
         raise ValueError("no model")
     assert any(each is before for each in gc.get_objects())
     assert gc.get_freeze_count() == 0
@@ -71,9 +79,112 @@ def test_a_load_that_is_interrupted_at_its_end_takes_nothing_out(
 
     with monkeypatch.context() as patch:
         patch.setattr(gc, "collect", interrupted)
-        with pytest.raises(KeyboardInterrupt), gc_freeze_loaded():
+        with pytest.raises(KeyboardInterrupt), gc_freeze_loaded(Circle()):
             pass
     assert gc.get_freeze_count() == 0
+
+
+class Collector:
+    """Python's collector, of objects that are named and not let go of by counting references."""
+
+    def __init__(self) -> None:
+        self.objects, self.garbage, self.frozen = {"libraries"}, set[str](), set[str]()
+
+    def freeze(self) -> None:
+        self.frozen = self.objects.copy()
+
+    def unfreeze(self) -> None:
+        self.frozen = set()
+
+    def collect(self) -> None:
+        self.objects -= self.garbage - self.frozen
+
+
+class Load:
+    """An engine that makes a model; one whose load fails, and one that is closed, drops it."""
+
+    def __init__(self, name: str, collector: Collector, fails: bool) -> None:
+        self.name, self._gc, self.fails = name, collector, fails
+        self.is_loading = self.is_loaded = False
+
+    def begin(self) -> None:
+        self._block = gc_freeze_loaded(self)
+        self._block.__enter__()
+        self.is_loading = True
+        self._gc.objects.add(self.name)
+
+    def end(self) -> None:
+        self.is_loading, self.is_loaded = False, not self.fails
+        if self.fails:
+            self._gc.garbage.add(self.name)
+            self._block.__exit__(ValueError, ValueError("no model"), None)
+        else:
+            self._block.__exit__(None, None, None)
+
+    def close(self) -> None:
+        if self.is_loaded:
+            self.is_loaded = False
+            self._gc.garbage.add(self.name)
+            with gc_thawed(self):
+                self._gc.collect()
+            assert self.name not in self._gc.objects, "it may be large"
+
+
+@given(order=st.permutations([*range(4)] * 3), fails=st.sets(st.integers(0, 3)))
+def test_engines_load_and_end_in_any_order(order: list[int], fails: set[int]) -> None:
+    """Each begins to load, ends that (or fails), and is closed."""
+    collector = Collector()
+    loads = [Load(str(number), collector, number in fails) for number in range(4)]
+    steps = [iter((each.begin, each.end, each.close)) for each in loads]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qwencli.engine.machine.python_runtime.gc", collector)
+        patch.setattr("qwencli.engine.machine.python_runtime._frozen_for", weakref.WeakSet())
+        for number in order:
+            before = collector.frozen
+            next(steps[number])()
+            if any(each.is_loading for each in loads):
+                continue  # the last of them settles what is frozen
+            loaded = {each.name for each in loads if each.is_loaded}
+            if not loaded:
+                assert not collector.frozen
+            elif number in fails:
+                assert before <= collector.frozen, "what others have frozen stays so"
+            else:
+                assert {"libraries", *loaded} <= collector.frozen
+            collector.collect()
+            assert not collector.objects & collector.garbage, "of a load that failed"
+    assert collector.objects == {"libraries"} and not collector.frozen
+
+
+def orders(count: int) -> st.SearchStrategy[list[int]]:
+    """Blocks 0 to count - 1 by number: first where one begins, then where it ends."""
+    return st.permutations([*range(count)] * 2)
+
+
+@given(order=orders(4))
+def test_blocks_that_pause_collections_end_in_any_order(order: list[int]) -> None:
+    blocks: dict[int, Any] = {}
+    for number in order:
+        if number in blocks:
+            blocks.pop(number).__exit__(None, None, None)
+        else:
+            blocks[number] = gc_paused()
+            blocks[number].__enter__()
+        assert gc.isenabled() is (not blocks)
+
+
+@given(order=orders(3), turns_s=st.lists(st.sampled_from([0.001, 0.0005, 0.0002]), min_size=3))
+def test_the_quickest_turns_are_those_of_all(order: list[int], turns_s: list[float]) -> None:
+    before = sys.getswitchinterval()
+    blocks: dict[int, Any] = {}
+    for number in order:
+        if number in blocks:
+            blocks.pop(number).__exit__(None, None, None)
+        else:
+            blocks[number] = undisturbed(turns_s[number])
+            blocks[number].__enter__()
+        quickest = min([before, *(turns_s[each] for each in blocks)])
+        assert sys.getswitchinterval() == pytest.approx(quickest, rel=0.02)
 
 
 def test_turns_at_the_interpreter_lock_are_as_before_in_whatever_order_blocks_end() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -86,3 +88,33 @@ def test_a_fork_compiles_or_another_process_does(loader, monkeypatch, job, said)
     notes = loading.notes()
     assert len(notes) == (said is not None)
     assert said is None or said in notes[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is forked")
+@pytest.mark.parametrize("forks", [True, False])
+def test_a_load_that_is_given_up_ends_what_compiles_and_begins_nothing(loader, monkeypatch, forks):
+    """And closes no file of others: a number that is free again may be theirs by then."""
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    starting, started = subprocess.Popen, []
+
+    def start(*about, **settings):
+        started.append(starting(*about, **settings))
+        return started[-1]
+
+    monkeypatch.setattr(kernel_loader, "may_fork", lambda: forks)
+    monkeypatch.setattr(kernel_loader, "python_command", lambda module: command)
+    monkeypatch.setattr(kernel_loader.subprocess, "Popen", start)
+    monkeypatch.setattr(compile_kernels, "run", lambda asked, done: (done(), time.sleep(60)))
+    loading = loader.load()
+    while not (started or forks):
+        time.sleep(0.01)
+    time.sleep(0.3)
+    loading.close()
+    with contextlib.ExitStack() as files:
+        others = [files.enter_context(Path(os.devnull).open()) for _ in range(8)]
+        loading._thread.join(10)
+        assert not loading._thread.is_alive()
+        for each in others:
+            os.fstat(each.fileno())
+    assert loader.made == [] and loading.notes() == ()
+    assert [each.wait(10) for each in started] == ([] if forks else [-9])

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from qwencli.config import Attention, Cache, DType, EngineName, SamplingOptions
 from qwencli.engine.cpu.attention import NumpyAttention
@@ -437,3 +438,51 @@ def test_close_drops_the_model_and_load_brings_it_back(checkpoint):
     assert weights() is None
     assert engine.generate(ask()).token_ids == first.token_ids
     engine.close()
+
+
+@pytest.mark.usefixtures("freezing")
+def test_a_load_that_fails_leaves_out_of_collections_what_another_engine_has(checkpoint):
+    gc.unfreeze()
+    wrong = NativeEngine(native_config(checkpoint("qwen3"), attention=Attention.FLASH))
+    with NativeEngine(native_config(checkpoint("qwen3"))):
+        with NativeEngine(native_config(checkpoint("qwen2"))):
+            with pytest.raises(UnsupportedModeError):
+                wrong.load()
+            assert gc.get_freeze_count()
+        assert gc.get_freeze_count()
+    assert not gc.get_freeze_count()
+    with pytest.raises(UnsupportedModeError):
+        wrong.load()
+    assert not gc.get_freeze_count()
+
+
+def test_engines_that_answer_in_turns_compute_with_their_own_threads(checkpoint, monkeypatch):
+    before, seen = torch.get_num_threads(), {}
+
+    def watched(engine):
+        seen[engine.config.threads] = counts = []
+        answer = engine._answer
+
+        def counted(builder):
+            for chunk in answer(builder):
+                counts.append(torch.get_num_threads())
+                yield chunk
+
+        monkeypatch.setattr(engine, "_answer", counted)
+        return engine.stream(ask())
+
+    several, more = before + 1, before + 2
+    with (
+        NativeEngine(native_config(checkpoint("qwen3"), threads=several)) as first,
+        NativeEngine(native_config(checkpoint("qwen3"), threads=more)) as second,
+    ):
+        one, two = watched(first), watched(second)
+        for _ in range(3):
+            next(one)
+            assert torch.get_num_threads() == before
+            next(two)
+        one.close()
+        rest = [*two]
+    assert rest[-1].result is not None
+    assert (set(seen[several]), set(seen[more])) == ({several}, {more})
+    assert torch.get_num_threads() == before
