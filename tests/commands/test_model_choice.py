@@ -29,7 +29,7 @@ def at_terminal(monkeypatch, tmp_path):
     monkeypatch.delenv("QWENCLI_MODEL", raising=False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    monkeypatch.setattr("qwencli.models.resolve.find_cached", lambda *a, **k: None)
+    monkeypatch.setattr("qwencli.models.hub.find_cached", lambda *a, **k: None)
     monkeypatch.setattr(host, "gpu_free_bytes", lambda: 24_000_000_000)
 
     def answer(*lines):
@@ -63,7 +63,7 @@ def test_on_a_cpu_a_default_has_to_fit_in_float32(
     assert found.hub_config is not None
     (tmp_path / "config.json").write_text(json.dumps(dict(found.hub_config)), encoding="utf-8")
     monkeypatch.setattr(
-        "qwencli.models.resolve.find_cached",
+        "qwencli.models.hub.find_cached",
         lambda repo_id, **_: tmp_path if repo_id == found.repo_id else None,
     )
     free = free_gb * 10**9
