@@ -57,7 +57,9 @@ class RunReport:
         self._told = self._looks_only = self._unwritten = False
         self.device = ""
         self.progress = Progress(
-            len(whole.work.tasks), output, lambda snapshot: self._event("progress", asdict(snapshot))
+            len(whole.work.tasks),
+            output,
+            lambda snapshot: self._event("progress", asdict(snapshot)),
         )
 
     def begin(self, suffix: str, *, dry_run: bool) -> None:
