@@ -257,7 +257,7 @@ def _run(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of the pipe has gone
         return EXIT_FAILURE
     except OSError as error:
-        # Help is written by libraries, not by the sink.
+        # Help is written by libraries, not by `Output`.
         if error.errno not in _CANNOT_WRITE:
             return _fault(error)
         where = f" {error.filename}" if error.filename else ""

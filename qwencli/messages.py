@@ -149,6 +149,11 @@ def text_message(role: Role, text: str) -> Message:
     return Message(role, (TextPart(text),))
 
 
+def system_messages(system: str | None) -> tuple[Message, ...]:
+    """The messages in front of a conversation: the system prompt, or none."""
+    return (text_message("system", system),) if system else ()
+
+
 def check_prompt(prompt: str | None) -> None:
     """Raises UsageError for one with nothing in it."""
     if prompt is not None and not prompt.strip():

@@ -340,9 +340,9 @@ def test_ctrl_c_is_one_line_and_exit_code_130():
     done = python(
         "import sys\n"
         "from qwencli import cli\n"
-        "from qwencli.commands import requests\n"
+        "from qwencli.commands import start_engine\n"
         "def interrupted(*arguments): raise KeyboardInterrupt\n"
-        "requests.choose_model = interrupted\n"
+        "start_engine.choose_model = interrupted\n"
         "sys.exit(cli.run(['caption', 'a.png']))"
     )
     assert (done.returncode, done.stdout) == (130, "")

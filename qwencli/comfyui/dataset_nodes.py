@@ -17,12 +17,12 @@ from qwencli.comfyui.node_inputs import (
     node_text,
     prompt_of,
     sampling_options,
-    system_messages,
     thinking_budget,
 )
 from qwencli.comfyui.pictures import Batch
 from qwencli.config import Existing
 from qwencli.errors import InputError, OutOfMemoryError, UsageError
+from qwencli.messages import system_messages
 
 if TYPE_CHECKING:
     from qwencli.dataset.caption_processor import CaptionConfig
@@ -64,7 +64,7 @@ def caption_folder(values: Values) -> tuple[Any, ...]:
         where,
         sampling,
         where.open,
-        system=system_messages(values),
+        system=system_messages(values["system"].strip()),
         caption_extension=extension,
     )
     processor.check_fields(listing.items)
@@ -225,7 +225,7 @@ def _shaped(values: Values, batch: Batch, caption_config: CaptionConfig) -> tupl
         Listing(Path()),
         sampling_options(values),
         lambda item: batch.part(parts[item.key]),
-        system=system_messages(values),
+        system=system_messages(values["system"].strip()),
     )
     with EngineUse(values, caption_config.wanted) as use:
         adapt_to_model(use.engine, processor)

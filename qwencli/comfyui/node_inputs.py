@@ -30,7 +30,7 @@ from qwencli.config import (
 )
 from qwencli.engine.machine.device import why_no_graphs
 from qwencli.errors import QwenCliError, UsageError
-from qwencli.messages import Message, VisualPart, prompt_text, text_message
+from qwencli.messages import VisualPart, prompt_text
 
 Values = Mapping[str, Any]
 Mode = TypeVar("Mode", bound=StrEnum)
@@ -104,12 +104,6 @@ def prompt_of(values: Values) -> str:
     if prompt:
         return str(prompt)
     return prompt_text(None, None if preset == NO_PRESET else preset)
-
-
-def system_messages(values: Values) -> tuple[Message, ...]:
-    """What stands in front of each question: the text of system, where there is any."""
-    system = values["system"].strip()
-    return (text_message("system", system),) if system else ()
 
 
 # The pictures of one request.

@@ -22,14 +22,13 @@ from qwencli.comfyui.node_inputs import (
     prompt_of,
     resolved_model,
     sampling_options,
-    system_messages,
     thinking_budget,
 )
 from qwencli.comfyui.schemas import AUTO, NO_PRESET, Node, RunsWhere, fold_seed
 from qwencli.config import check_pixels
 from qwencli.engine.abilities import Abilities
 from qwencli.errors import InputError, QwenCliError, UsageError
-from qwencli.messages import GenerationRequest, user_message
+from qwencli.messages import GenerationRequest, system_messages, user_message
 from qwencli.typed_values import parse_duration
 
 
@@ -115,7 +114,7 @@ def _answer(values: Values, shown: Sequence[Shown], text: str) -> tuple[Any, ...
     sampling, budget = sampling_options(values), thinking_budget(values)
     # As on the command line: who bounds thoughts wants some, and 0 means none.
     thinking = bool(values["think"]) if budget is None else budget > 0
-    before = system_messages(values)
+    before = system_messages(values["system"].strip())
 
     def request(show: Shown) -> GenerationRequest:
         messages = (*before, user_message(text, show()))

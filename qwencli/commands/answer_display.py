@@ -51,13 +51,13 @@ class PlainDisplay:
 
     figures: tuple[str, ...] = ()
 
-    def __init__(self, sink: Output) -> None:
-        self._sink = sink
+    def __init__(self, output: Output) -> None:
+        self._output = output
 
     @contextmanager
     def answer(self) -> Iterator[Callable[[GenerationChunk], None]]:
         with ExitStack() as stack:
-            think = stack.enter_context(self._sink.thoughts())
+            think = stack.enter_context(self._output.thoughts())
             write: Callable[[str], None] | None = None
 
             def show(chunk: GenerationChunk) -> None:
@@ -67,7 +67,7 @@ class PlainDisplay:
                     if not chunk.text and chunk.result is None:
                         return
                     stack.pop_all().close()
-                    write = stack.enter_context(self._sink.stream())
+                    write = stack.enter_context(self._output.stream())
                 write(chunk.text)
 
             yield show
@@ -97,8 +97,8 @@ class TerminalDisplay:
         max_seq_len: tokens that the engine holds; None where nobody knows (a server).
     """
 
-    def __init__(self, sink: Output, max_seq_len: int | None) -> None:
-        self._sink, self._max_seq_len = sink, max_seq_len
+    def __init__(self, output: Output, max_seq_len: int | None) -> None:
+        self._output, self._max_seq_len = output, max_seq_len
         # Of the last answer: what a prompt shows below itself.
         self.figures: tuple[str, ...] = ()
 
@@ -108,7 +108,7 @@ class TerminalDisplay:
         from qwencli.commands.markdown_stream import MarkdownStream
 
         screen = LiveLines(sys.stdout)
-        drawing = _Drawing(screen, MarkdownStream(), not self._sink.quiet)
+        drawing = _Drawing(screen, MarkdownStream(), not self._output.quiet)
         with _interrupts_wait(drawing):
             drawing.begin()
             try:
@@ -119,7 +119,7 @@ class TerminalDisplay:
     def attached(self, pictures: Sequence[VisualPart]) -> None:
         from qwencli.commands.terminal_pictures import show_pictures
 
-        if not self._sink.quiet:
+        if not self._output.quiet:
             show_pictures(pictures)
 
     def answered(self, result: GenerationResult) -> None:

@@ -54,21 +54,21 @@ def caption(
 
     Captions of a folder go to text files beside the pictures.
     """
-    sink = context.ensure_object(Output)
+    output = context.ensure_object(Output)
     if together:
-        sink.notice("--together is now called --multi-image")
+        output.notice("--together is now called --multi-image")
         multi_image = True
     if profile is not None and chosen.ray is not None:
         raise UsageError("--ray and --profile exclude each other", "profile one machine")
-    with profiled(profile, sink):
+    with profiled(profile, output):
         _caption(
-            sink, inputs or (), prompt, preset, system, frames, chosen, options, keep, run,
+            output, inputs or (), prompt, preset, system, frames, chosen, options, keep, run,
             multi_image=multi_image, think=think, thinking_budget=thinking_budget,
         )  # fmt: skip
 
 
 def _caption(
-    sink: Output,
+    output: Output,
     inputs: Sequence[str],
     prompt: str | None,
     preset: str | None,
@@ -85,7 +85,7 @@ def _caption(
 ) -> None:
     # Here and not above: `--help` needs none of it.
     from qwencli.commands.caption_options import CaptionJob, build_caption_config, is_set
-    from qwencli.commands.captions import answer_pictures, print_captions
+    from qwencli.commands.caption_pictures import answer_pictures, print_captions
     from qwencli.dataset.named_inputs import named_inputs
     from qwencli.dataset.prompting import Template
 
@@ -115,7 +115,7 @@ def _caption(
             )
         first = options.first_used or "--samples"
         raise UsageError(f"{first} and --multi-image exclude each other", "use one")
-    job = CaptionJob(named, run, sink, system, frames, options.overlay, keep_s, chosen.samples)
+    job = CaptionJob(named, run, output, system, frames, options.overlay, keep_s, chosen.samples)
     if whole_set or is_formatted:
         config = build_caption_config(options, run, prompt, preset, budget)
         if whole_set:

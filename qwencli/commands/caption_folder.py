@@ -22,6 +22,7 @@ from qwencli.commands.caption_options import (
 from qwencli.commands.options import RunOptions
 from qwencli.config import Existing, ModelSpec
 from qwencli.errors import InputError, UsageError
+from qwencli.messages import system_messages
 from qwencli.output import Output
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ _COMPUTES = (
 
 def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: FolderOptions) -> None:
     """Caption pictures into files beside them; leaves with exit code 1 where one failed."""
-    from qwencli.commands.requests import announce_model, choose_model, system_messages
+    from qwencli.commands.start_engine import announce_model, choose_model
     from qwencli.dataset.boxes import Overlays
     from qwencli.dataset.caption_processor import CaptionProcessor
     from qwencli.dataset.caption_set import open_set
@@ -50,7 +51,7 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
     from qwencli.dataset.sources import Listing, Selection, list_inputs
     from qwencli.dataset.worklist import WorklistOptions
 
-    run, sink, frames = job.run, job.sink, job.frames
+    run, output, frames = job.run, job.output, job.frames
     sampling, max_pixels = run.sampling_options(), run.decoded_pixels(job.keep_s)
     if caption_config.schema is not None and chosen.existing in (Existing.APPEND, Existing.PREPEND):
         raise UsageError(
@@ -59,7 +60,7 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
         )
     check_samples(chosen.samples, sampling)
     devices = worker_devices(chosen, run)
-    with sink.status("listing pictures"):
+    with output.status("listing pictures"):
         listing = list_inputs(
             job.inputs or ["."], Selection(chosen.recursive, tuple(chosen.glob or ()))
         )
@@ -94,13 +95,13 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
     )
     processor.check_fields(listing.items)
     folder = overlay_folder(caption_config, job.overlay, place.folder / STATE_FOLDER / "overlays")
-    overlays = Overlays(folder, functools.partial(where.open, frames=frames), sink.error)
+    overlays = Overlays(folder, functools.partial(where.open, frames=frames), output.error)
 
     def tell(outcome: Outcome) -> None:
         reporter.add(outcome)
         overlays.add(outcome)
 
-    spec = choose_model(run, sink)
+    spec = choose_model(run, output)
     settings = {
         "model": spec.name,
         **caption_config.settings(),
@@ -121,24 +122,24 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
             look_only=chosen.dry_run,
         ) as whole,
         RunReport(
-            whole, sink, spec.name, computes, json=run.json, stats=run.stats
+            whole, output, spec.name, computes, json=run.json, stats=run.stats
         ).telling() as reporter,
     ):
         reporter.begin(place.suffix, dry_run=chosen.dry_run)
         if chosen.redo is not None and not whole.options.redo:
-            sink.notice("note: --redo: no record of these captions meets the condition")
+            output.notice("note: --redo: no record of these captions meets the condition")
         if chosen.dry_run:
             reporter.show_questions(processor)
             return
         if whole.work.tasks or whole.work.refused:
             whole.begin(reporter.add)
             if whole.work.tasks:
-                announce_model(spec, run, sink, caption_config.wanted)
-                stopper = Stopper(sink.notice)
+                announce_model(spec, run, output, caption_config.wanted)
+                stopper = Stopper(output.notice)
                 config, count = run.engine_config(spec), len(whole.work.tasks)
                 with (
                     _captioner(
-                        config, processor, count, devices, chosen.ray, sink, job.keep_s
+                        config, processor, count, devices, chosen.ray, output, job.keep_s
                     ) as captioner,
                     stopper.watching(),
                     overlays,
@@ -148,7 +149,7 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
                         whole.caption(captioner, tell, lambda: stopper.asked)
             whole.end()
         if overlays.count:
-            sink.notice(f"pictures with their boxes: {folder}")
+            output.notice(f"pictures with their boxes: {folder}")
         all_well = reporter.finish()
         if not all_well or overlays.num_failed:
             raise typer.Exit(1)
@@ -161,29 +162,29 @@ def _captioner(
     count: int,
     devices: Sequence[str],
     ray: str | None,
-    sink: Output,
+    output: Output,
     keep_s: float | None,
 ) -> Iterator[Captioner]:
     """What makes `count` captions: workers of a cluster, or on devices, or an engine right here."""
-    from qwencli.commands.requests import running_engine
+    from qwencli.commands.start_engine import running_engine
     from qwencli.dataset.caption_worker import LocalCaptioner, WorkerConfig
     from qwencli.dataset.devices import DeviceWorkers
     from qwencli.dataset.ray_cluster import RayWorkers
     from qwencli.engine.abilities import fetch_model
 
     if not devices and ray is None:
-        with running_engine(config, sink, keep_s, processor.config.wanted) as engine:
+        with running_engine(config, output, keep_s, processor.config.wanted) as engine:
             yield LocalCaptioner(engine, processor)
         return
     fetch_model(config, processor.config.wanted)
     worker_config = WorkerConfig(config, processor, -(-count // max(1, len(devices))))
     workers: DeviceWorkers | RayWorkers
     if ray is not None:
-        workers, where = RayWorkers(worker_config, ray, sink.warn), f"Ray ({ray})"
+        workers, where = RayWorkers(worker_config, ray, output.warn), f"Ray ({ray})"
     else:
-        workers, where = DeviceWorkers(worker_config, devices, sink.warn), ", ".join(devices)
+        workers, where = DeviceWorkers(worker_config, devices, output.warn), ", ".join(devices)
     with ExitStack() as stack:
-        with sink.status(f"loading {config.model.name} on {where}"):
+        with output.status(f"loading {config.model.name} on {where}"):
             stack.enter_context(workers)
         yield workers
 

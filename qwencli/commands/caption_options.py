@@ -174,12 +174,12 @@ class CaptionJob:
 
     Args:
         samples: captions of each picture.
-        keep_s: see `requests.running_engine`.
+        keep_s: see `start_engine.running_engine`.
     """
 
     inputs: Sequence[str | StdinPart]
     run: RunOptions
-    sink: Output
+    output: Output
     system: str | None
     frames: int | None
     overlay: str | None

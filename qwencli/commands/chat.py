@@ -56,17 +56,12 @@ def chat(
         history_file,
         quiet_keys,
     )
-    from qwencli.commands.requests import (
-        OPENING_ERRORS,
-        announce_model,
-        choose_model,
-        open_visual,
-        running_engine,
-    )
+    from qwencli.commands.open_media import OPENING_ERRORS, open_visual
     from qwencli.commands.saved_chat import chats_folder, latest_chat, new_chat_path, read_chat
+    from qwencli.commands.start_engine import announce_model, choose_model, running_engine
     from qwencli.engine.abilities import Abilities
 
-    sink = context.ensure_object(Output)
+    output = context.ensure_object(Output)
     sampling = run.sampling_options()
     thinking, thinking_budget = thoughts(think, thinking_budget, sampling)
     keep_s = keep.seconds(run)
@@ -74,7 +69,7 @@ def chat(
     kept = latest_chat(chats_folder()) if resume else None
     if kept and run.model is None and not run.endpoint:
         run = replace(run, model=read_chat(kept).model)
-    spec = choose_model(run, sink)
+    spec = choose_model(run, output)
     pictures: list[VisualPart] = []
     failed = False
     for path in image or []:
@@ -82,23 +77,23 @@ def chat(
             pictures.append(open_visual(path, frames, pictures))
         except OPENING_ERRORS as error:
             failed = True
-            sink.error(error)
+            output.error(error)
             if run.json:
-                sink.json_line(failure_record(error, [str(path)], spec.name))
+                output.json_line(failure_record(error, [str(path)], spec.name))
     if failed and prompt is not None and not pictures:
         # An answer about a picture that the model never saw would be invented.
         raise typer.Exit(1)
     wanted = Abilities(pictures=bool(pictures), thoughts=thinking)
-    announce_model(spec, run, sink, wanted)
+    announce_model(spec, run, output, wanted)
     drawn = sys.stdin.isatty() and sys.stdout.isatty() and not run.json and can_draw()
     with (
         quiet_keys() if can_draw() else nullcontext(),
-        running_engine(run.engine_config(spec), sink, keep_s, wanted) as loaded,
+        running_engine(run.engine_config(spec), output, keep_s, wanted) as loaded,
     ):
         talk = ChatSession(
             loaded,
             sampling,
-            sink,
+            output,
             system=system,
             json=run.json,
             stats=run.stats,
@@ -106,7 +101,7 @@ def chat(
             frames=frames,
             thinking=thinking,
             thinking_budget=thinking_budget,
-            display=TerminalDisplay(sink, loaded.max_seq_len) if drawn else None,
+            display=TerminalDisplay(output, loaded.max_seq_len) if drawn else None,
             keep=new_chat_path(chats_folder()) if typed else None,
         )
         if kept:
@@ -116,11 +111,11 @@ def chat(
             talk.say(prompt)
         elif typed:
             # A person saw what failed and went on.
-            drawing = TerminalLines(sink, lambda: talk.footer, history_file())
-            talk.converse(drawing if can_draw() else UndrawnLines(sink))
+            drawing = TerminalLines(output, lambda: talk.footer, history_file())
+            talk.converse(drawing if can_draw() else UndrawnLines(output))
             failed = False
             if talk.kept:
-                sink.notice(f"kept: {talk.kept} (qwencli chat --resume goes on)")
+                output.notice(f"kept: {talk.kept} (qwencli chat --resume goes on)")
         else:
             failed = bool(talk.converse(sys.stdin)) or failed
     if failed:

@@ -17,9 +17,7 @@ from qwencli.commands.chat_settings import (
     with_setting,
 )
 from qwencli.commands.conversation import PICTURES, Conversation, text_of, visuals_of
-from qwencli.commands.requests import (
-    OPENING_ERRORS,
-)
+from qwencli.commands.open_media import OPENING_ERRORS
 from qwencli.commands.saved_chat import (
     write_chat,
 )
@@ -164,7 +162,7 @@ class ChatSession(Conversation):
             draft, self._draft = self._draft, ""
             try:
                 if leaves:
-                    self._sink.notice("Ctrl-C again leaves, and so does Ctrl-D")
+                    self._output.notice("Ctrl-C again leaves, and so does Ctrl-D")
                 line = self._lines.next_line(draft)
             except KeyboardInterrupt:
                 if not self._lines.has_keyboard:
@@ -185,7 +183,7 @@ class ChatSession(Conversation):
                 self._say_stopped()
             except _GOES_ON as error:
                 failed += 1
-                self._sink.error(error)
+                self._output.error(error)
 
     def say(self, text: str) -> None:
         """Send `text`; files that it mentions are shown with it, and alone they are attached."""
@@ -221,7 +219,7 @@ class ChatSession(Conversation):
             kept = "what came is kept: /retry asks again, /undo forgets it"
         else:
             kept = "the conversation goes on: /retry asks again"
-        self._sink.notice("", f"stopped; {kept}")
+        self._output.notice("", f"stopped; {kept}")
 
     def _attach_files(self, name: str, opened: Callable[[Path], VisualPart], rest: str) -> None:
         paths = split_paths(rest)
@@ -238,10 +236,10 @@ class ChatSession(Conversation):
             except OPENING_ERRORS as error:
                 failures.append(error)
         for failure in failures[:-1]:
-            self._sink.error(failure)
+            self._output.error(failure)
         if self._attached:
             names = ", ".join(picture.name for picture in self._attached)
-            self._sink.notice(f"attached: {names}")
+            self._output.notice(f"attached: {names}")
         if failures:
             raise failures[-1]
 
@@ -254,11 +252,11 @@ class ChatSession(Conversation):
             lines.append(f"the conversation starts over{self._start_over()}")
         else:
             lines.append("/system TEXT sets one, /system default none; both start over")
-        self._sink.notice(*lines)
+        self._output.notice(*lines)
 
     def _clear(self, rest: str) -> None:
         kept = "" if self._system is None else "; the system prompt stays"
-        self._sink.notice(f"cleared{self._start_over()}{kept}")
+        self._output.notice(f"cleared{self._start_over()}{kept}")
 
     def _start_over(self) -> str:
         """Forget what was said and what is attached; tells in brackets what that was."""
@@ -289,13 +287,13 @@ class ChatSession(Conversation):
         switch = f"thinking={'on' if self._thinking else 'off'}"
         most = "default" if self._thinking_budget is None else self._thinking_budget
         shown = [*describe_settings(self._sampling), switch, f"thinking_budget={most}"]
-        self._sink.notice(", ".join(shown))
+        self._output.notice(", ".join(shown))
 
     def _retry(self, rest: str) -> None:
         before, question = (self._turns.copy(), self._unanswered), self._last_question()
         fixed = self._sampling.do_sample is False or (self._sampling.seed or -1) >= 0
         if fixed and before[1] is None and not before[0][-1].stopped:
-            self._sink.notice("note: the same seed or greedy gives the same answer (see /set)")
+            self._output.notice("note: the same seed or greedy gives the same answer (see /set)")
         self._again(question, *before)
 
     def _edit(self, rest: str) -> None:
@@ -315,7 +313,7 @@ class ChatSession(Conversation):
         self._unanswered = None
         forgotten = self._turns.pop()
         self._keep_turns()
-        self._sink.notice(f"forgotten: {text_of(forgotten.question)[:60]}")
+        self._output.notice(f"forgotten: {text_of(forgotten.question)[:60]}")
 
     def _save(self, rest: str) -> None:
         if not rest and self._keep is None:
@@ -326,7 +324,7 @@ class ChatSession(Conversation):
         path = paths[0]
         assert path is not None
         write_chat(path, self._saved())
-        self._sink.notice(f"saved: {path}")
+        self._output.notice(f"saved: {path}")
 
     def _load(self, rest: str) -> None:
         paths = split_paths(rest)
@@ -336,17 +334,17 @@ class ChatSession(Conversation):
 
     def _show_thoughts(self, rest: str) -> None:
         thoughts = self._turns[-1].thoughts if self._turns else None
-        self._sink.notice(*(thoughts or "the last answer came without thoughts").splitlines())
+        self._output.notice(*(thoughts or "the last answer came without thoughts").splitlines())
 
     def _show_stats(self, rest: str) -> None:
         if self._last is None:
             raise UsageError("nothing was answered yet", "type a message")
-        self._sink.report(stats_line(self._last))
+        self._output.report(stats_line(self._last))
 
     def _help(self, rest: str) -> None:
         for name, command in COMMANDS.items():
-            self._sink.notice(f"{f'{name} {command.argument}':19}{command.text}")
-        self._sink.notice(*KEYS.splitlines())
+            self._output.notice(f"{f'{name} {command.argument}':19}{command.text}")
+        self._output.notice(*KEYS.splitlines())
 
     def _exit(self, rest: str) -> bool:
         return False

@@ -54,11 +54,11 @@ class TerminalLines:
 
     def __init__(
         self,
-        sink: Output,
+        output: Output,
         footer: Callable[[], Sequence[str]] = tuple,
         history_file: Path | None = None,
     ) -> None:
-        self._sink, self._footer, self._history_file = sink, footer, history_file
+        self._output, self._footer, self._history_file = output, footer, history_file
         # Whether what comes was typed while nobody read: lines are messages of their own then.
         self._ahead = False
         self._session: PromptSession[str] | None = None
@@ -66,7 +66,7 @@ class TerminalLines:
     def next_line(self, draft: str = "") -> str | None:
         if self._session is None:
             self._session = self._make_session()
-            self._sink.notice("type a message; /help lists the commands")
+            self._output.notice("type a message; /help lists the commands")
         self._ahead = self._ahead or _more_waits(0.0)
         try:
             with _interrupts_noted() as leave_if_interrupted:
@@ -155,23 +155,23 @@ class UndrawnLines(PipedLines):
 
     has_keyboard = True
 
-    def __init__(self, sink: Output) -> None:
+    def __init__(self, output: Output) -> None:
         super().__init__(sys.stdin)
-        self._sink = sink
+        self._output = output
         self._begun = False
 
     def next_line(self, draft: str = "") -> str | None:
         if not self._begun:
             self._begun = True
-            self._sink.notice("type a message; /help lists the commands")
+            self._output.notice("type a message; /help lists the commands")
         try:
-            self._sink.prompt(PROMPT)
+            self._output.prompt(PROMPT)
             line = super().next_line(draft)
         except KeyboardInterrupt:
-            self._sink.notice("")
+            self._output.notice("")
             raise
         if line is None:
-            self._sink.notice("")
+            self._output.notice("")
         return line
 
 

@@ -12,13 +12,7 @@ from qwencli.commands.answer_display import Display, PlainDisplay, SilentDisplay
 from qwencli.commands.chat_settings import (
     override_saved,
 )
-from qwencli.commands.requests import (
-    OPENING_ERRORS,
-    open_picture,
-    open_video,
-    open_visual,
-    system_messages,
-)
+from qwencli.commands.open_media import OPENING_ERRORS, open_picture, open_video, open_visual
 from qwencli.commands.saved_chat import (
     SavedChat,
     SavedFile,
@@ -36,6 +30,7 @@ from qwencli.messages import (
     Message,
     TextPart,
     VisualPart,
+    system_messages,
     text_message,
     user_message,
 )
@@ -75,7 +70,7 @@ class Conversation:
         self,
         engine: Engine,
         sampling: SamplingOptions,
-        sink: Output,
+        output: Output,
         *,
         system: str | None,
         json: bool,
@@ -87,7 +82,7 @@ class Conversation:
         display: Display | None = None,
         keep: Path | None = None,
     ) -> None:
-        self._engine, self._sampling, self._sink = engine, sampling, sink
+        self._engine, self._sampling, self._output = engine, sampling, output
         self._system, self._json, self._stats, self._model = system, json, stats, model
         self._frames, self._thinking, self._keep = frames, thinking, keep
         self._thinking_budget = thinking_budget
@@ -95,7 +90,7 @@ class Conversation:
         # switch for them, where that was said.
         self._unasked = 0 if thinking_budget == 0 else None
         self._noted: set[str] = set()
-        self._display = display or (SilentDisplay(sink) if json else PlainDisplay(sink))
+        self._display = display or (SilentDisplay(output) if json else PlainDisplay(output))
         self._turns: list[Turn] = []
         self._attached: list[VisualPart] = []
         # What was asked last and has no answer; it may be asked again.
@@ -120,7 +115,7 @@ class Conversation:
         self._display.attached(pictures)
         for picture in pictures:
             if isinstance(picture, ImagePart) and picture.first_of is not None:
-                self._sink.notice(*unshown({picture.first_of: [picture.name]}))
+                self._output.notice(*unshown({picture.first_of: [picture.name]}))
 
     def resume(self, path: Path) -> None:
         """Go on with a saved conversation, and keep it in that file from now on.
@@ -183,17 +178,17 @@ class Conversation:
     def _report(self, result: GenerationResult, pictures: list[str]) -> None:
         self._display.answered(result)
         if self._json:
-            self._sink.json_line(caption_record(result, pictures, self._model))
+            self._output.json_line(caption_record(result, pictures, self._model))
         for note in result.notes:
             # What holds for one answer often holds for the next.
             if note not in self._noted:
-                self._sink.notice(f"note: {note}")
+                self._output.notice(f"note: {note}")
                 self._noted.add(note)
         missing = shortfall(result)
         if missing is not None:
-            self._sink.notice(f"note: {missing}")
+            self._output.notice(f"note: {missing}")
         if self._stats:
-            self._sink.report(stats_line(result))
+            self._output.report(stats_line(result))
 
     def _all_pictures(self) -> list[VisualPart]:
         """Every picture and video of the conversation; all are held."""
@@ -243,9 +238,9 @@ class Conversation:
         self._system = chat.system
         self._sampling = chat.sampling
         other = "" if chat.model == self._model else f" of {chat.model}"
-        self._sink.notice(f"{counted(len(self._turns), 'turn')}{other} from {path}")
+        self._output.notice(f"{counted(len(self._turns), 'turn')}{other} from {path}")
         if self._turns:
-            self._sink.notice(f"last asked: {text_of(self._turns[-1].question)[:200]}")
+            self._output.notice(f"last asked: {text_of(self._turns[-1].question)[:200]}")
 
     def _reopened(self, files: Iterable[SavedFile]) -> Iterator[VisualPart]:
         for file in files:
@@ -255,7 +250,7 @@ class Conversation:
                 yield opened(Path(file.path))
             except (*OPENING_ERRORS, UnsupportedModeError) as error:
                 # What was said about it is still there.
-                self._sink.error(error)
+                self._output.error(error)
 
     def _saved(self) -> SavedChat:
         return SavedChat(
@@ -283,7 +278,7 @@ class Conversation:
             forget_oldest(self._keep.parent)
         except (OSError, OutputError) as error:
             self._keep = None
-            self._sink.warn(f"this conversation is not kept: {error}")
+            self._output.warn(f"this conversation is not kept: {error}")
 
 
 def _split_thoughts(chunks: Iterable[GenerationChunk]) -> Iterator[GenerationChunk]:

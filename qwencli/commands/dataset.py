@@ -26,7 +26,7 @@ def report(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="Of the pictures.", readable=False)
     ],
-    output: Annotated[
+    page: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Default: report.html in the folder."),
     ] = None,
@@ -48,16 +48,16 @@ def report(
     from qwencli.dataset.report.survey import surveyed
     from qwencli.dataset.sources import REPORT
 
-    sink = context.ensure_object(Output)
-    if output is not None and output.exists() and not _is_page(output):
+    output = context.ensure_object(Output)
+    if page is not None and page.exists() and not _is_page(page):
         raise UsageError(
-            f"--output {output} is there and is no HTML page", "name a file that is not there yet"
+            f"--output {page} is there and is no HTML page", "name a file that is not there yet"
         )
-    with sink.status(f"reading {folder}"):
+    with output.status(f"reading {folder}"):
         listing, entries = read_set(folder, caption_extension)
     if not entries:
         raise InputError(f"{folder}: no picture or video there", "name the folder of the pictures")
-    with sink.status(f"looking at {counted(len(entries), 'picture')}"):
+    with output.status(f"looking at {counted(len(entries), 'picture')}"):
         seen = list(
             inspect_pictures(
                 # What was refused already, such as a pipe, would be waited for.
@@ -75,8 +75,8 @@ def report(
         ]
         survey = surveyed(entries, trigger)
     if json:
-        sink.json_line({"folder": str(folder), **survey.as_json()})
-    path = output or (None if json else folder / REPORT)
+        output.json_line({"folder": str(folder), **survey.as_json()})
+    path = page or (None if json else folder / REPORT)
     if path is not None:
         many = counted(len(entries), "picture")
         lead = f"{many} in {visible(str(folder))}, looked at on {date.today()}."
@@ -97,16 +97,16 @@ def report(
                 "name another place with --output",
             ) from error
         if not json:
-            sink.answer(str(path))
+            output.answer(str(path))
     summary = survey.summary()
-    sink.notice(
+    output.notice(
         ", ".join(
             f"{count} {_NAMES[name].removesuffix('s') if count == 1 else _NAMES[name]}"
             for name, count in _summary_rows(summary)
         )
     )
     if not summary["captioned"]:
-        sink.notice(
+        output.notice(
             f"no picture has a caption: qwencli caption {visible(str(folder))} makes them; where "
             f"their files end in other than {caption_extension}, say so with --caption-extension"
         )

@@ -29,7 +29,7 @@ def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
     """List the models, what memory they need, and what fits here."""
-    from qwencli.commands.requests import free_bytes_on
+    from qwencli.commands.start_engine import free_bytes_on
     from qwencli.models.listing import list_models
     from qwencli.models.memory import CPU_VALUE_BYTES, GPU_VALUE_BYTES
     from qwencli.models.resolve import SearchPaths

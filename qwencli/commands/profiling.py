@@ -27,7 +27,7 @@ Profile = Annotated[
 
 
 @contextmanager
-def profiled(path: Path | None, sink: Output) -> Iterator[None]:
+def profiled(path: Path | None, output: Output) -> Iterator[None]:
     """Trace the block into a new file, however it ends; nothing without a path.
 
     Raises:
@@ -53,13 +53,13 @@ def profiled(path: Path | None, sink: Output) -> Iterator[None]:
     except OutputError as error:
         if ended is None:
             raise
-        sink.error(error)
+        output.error(error)
     else:
-        sink.notice(f"trace in {path}: open it with ui.perfetto.dev or chrome://tracing")
+        output.notice(f"trace in {path}: open it with ui.perfetto.dev or chrome://tracing")
     if trace.num_dropped:
-        sink.notice(f"the trace lacks the last {trace.num_dropped} events: it is full")
+        output.notice(f"the trace lacks the last {trace.num_dropped} events: it is full")
     for note in trace.notes:
-        sink.notice(f"note: the trace has {note}")
+        output.notice(f"note: the trace has {note}")
     if ended is not None:
         raise ended
 

@@ -17,31 +17,31 @@ def ps(
     """Show the model that is kept loaded, and for how long."""
     from qwencli.server.resident import status
 
-    sink = context.ensure_object(Output)
+    output = context.ensure_object(Output)
     there = status()
     if json:
-        sink.json_line({} if there is None else asdict(there))
+        output.json_line({} if there is None else asdict(there))
         return
     if there is None:
-        sink.notice("no model is kept loaded")
+        output.notice("no model is kept loaded")
         return
     size = "-" if there.memory_bytes is None else f"{there.memory_bytes / 1e9:.1f} GB"
     ends = f"ends in {_time(there.until_s)} without requests"
     doing = f"answers {counted(there.running, 'request')}" if there.running else ends
     name = there.model or "no model"
-    sink.answer(f"{name}  {there.device or '-'}  {size}  {doing}  (process {there.pid})")
+    output.answer(f"{name}  {there.device or '-'}  {size}  {doing}  (process {there.pid})")
 
 
 def stop(context: typer.Context) -> None:
     """End the engine that is kept loaded; its memory is free at once."""
     from qwencli.server.resident import stop as end
 
-    sink = context.ensure_object(Output)
+    output = context.ensure_object(Output)
     ended = end()
     if ended is None:
-        sink.notice("no model is kept loaded")
+        output.notice("no model is kept loaded")
     else:
-        sink.notice(f"stopped (process {ended.pid}, {ended.model or 'no model'})")
+        output.notice(f"stopped (process {ended.pid}, {ended.model or 'no model'})")
 
 
 def _time(seconds: float) -> str:

@@ -41,11 +41,7 @@ def serve(
 ) -> None:
     """Serve a model to OpenAI clients, with a page to try it at /."""
     check_extra()
-    from qwencli.commands.requests import (
-        announce_model,
-        choose_model,
-        reading_speed,
-    )
+    from qwencli.commands.start_engine import announce_model, choose_model, reading_speed
     from qwencli.engine.abilities import Abilities, fetch_model
     from qwencli.engine.factory import create_engine
     from qwencli.engine.resolve import resolve_device
@@ -54,7 +50,7 @@ def serve(
     from qwencli.server.listen import listening
     from qwencli.server.settings import ServerSettings
 
-    sink = context.ensure_object(Output)
+    output = context.ensure_object(Output)
     local = host in LOOPBACK
     if api_key == "":
         raise UsageError("--api-key is empty", "give a key, or leave it out")
@@ -69,11 +65,11 @@ def serve(
             "add --api-key KEY (or QWENCLI_API_KEY), or listen at 127.0.0.1",
         )
     sampling = run.sampling_options()
-    spec = choose_model(run, sink)
+    spec = choose_model(run, output)
     opened = listening(host, port)
-    announce_model(spec, run, sink, Abilities())
+    announce_model(spec, run, output, Abilities())
     config = run.engine_config(spec)
-    with sink.status(f"starting {spec.name}"):
+    with output.status(f"starting {spec.name}"):
         engine = create_engine(config)
         resolve_device(config.device)
     fetch_model(config, Abilities())
@@ -89,14 +85,14 @@ def serve(
     )
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{opened.getsockname()[1]}"
-    http = HttpProcess(opened, settings, sink.warn)
+    http = HttpProcess(opened, settings, output.warn)
     try:
-        with sink.status(f"loading {spec.name}", reading_speed(engine)):
+        with output.status(f"loading {spec.name}", reading_speed(engine)):
             thread.start(http.check)
         for warning in engine.load_warnings:
-            sink.warn(warning)
+            output.warn(warning)
         serving = f"serving {spec.name} at {address} (API: {address}/v1)"
-        http.serve(thread, lambda: sink.notice(serving))
+        http.serve(thread, lambda: output.notice(serving))
         if thread.failure is not None:
             raise thread.failure
     finally:

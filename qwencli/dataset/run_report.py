@@ -41,14 +41,14 @@ class RunReport:
     def __init__(
         self,
         whole: CaptionSet,
-        sink: Output,
+        output: Output,
         model: str,
         computes: Mapping[str, str],
         *,
         json: bool = False,
         stats: bool = False,
     ) -> None:
-        self._whole, self._sink, self._model, self._computes = whole, sink, model, computes
+        self._whole, self._output, self._model, self._computes = whole, output, model, computes
         self._json, self._stats = json, stats
         # What was done otherwise than asked for, by kind: as it was said first, and of what.
         self._notes: dict[str, tuple[str, list[str]]] = {}
@@ -57,13 +57,15 @@ class RunReport:
         self._told = self._looks_only = self._unwritten = False
         self.device = ""
         self.progress = Progress(
-            len(whole.work.tasks), sink, lambda snapshot: self._event("progress", asdict(snapshot))
+            len(whole.work.tasks),
+            output,
+            lambda snapshot: self._event("progress", asdict(snapshot)),
         )
 
     def begin(self, suffix: str, *, dry_run: bool) -> None:
         work, listing = self._whole.work, self._whole.listing
         self._looks_only = dry_run
-        self._sink.notice(*_counts(self._whole, suffix))
+        self._output.notice(*_counts(self._whole, suffix))
         count = len(work.tasks)
         rate = kept_rate(self._computes)
         about = {
@@ -77,19 +79,19 @@ class RunReport:
         }
         self._event("plan" if dry_run else "start", about)
         if rate is not None and count:
-            self._sink.notice(f"estimate: {rate.estimate(count)}")
+            self._output.notice(f"estimate: {rate.estimate(count)}")
         elif dry_run and count:
-            self._sink.notice(
+            self._output.notice(
                 "estimate: none yet; this machine has not captioned a set with this model and modes"
             )
         for failed in work.refused if dry_run else ():
-            self._sink.error(failed.error)
+            self._output.error(failed.error)
 
     def add(self, outcome: Outcome) -> None:
         if isinstance(outcome, Captioned):
             trace_answer(outcome.task.item.key, outcome.result)
         if isinstance(outcome, Captioned) and self._stats:
-            self._sink.report(f"{outcome.task.item.key}: {stats_line(outcome.result)}")
+            self._output.report(f"{outcome.task.item.key}: {stats_line(outcome.result)}")
         if isinstance(outcome, Captioned):
             for note in outcome.result.notes:
                 kind = re.sub(r"\d+", "", note)
@@ -98,7 +100,7 @@ class RunReport:
             key = outcome.task.item.key
             if (key, outcome.error.message) not in self._errors:
                 self._errors.add((key, outcome.error.message))
-                self._sink.error(outcome.error, [key])
+                self._output.error(outcome.error, [key])
         if self._json:
             self._tell(outcome)
         if self.device:  # what was refused before is no work
@@ -129,16 +131,16 @@ class RunReport:
         if totals.captioned:
             line += f" in {duration(totals.seconds)} ({speed:.1f} captions/s, {tokens:.0f} tok/s"
             line += f", GPU busy {gpu:.0f}%)" if gpu is not None else ")"
-        self._sink.notice(line)
+        self._output.notice(line)
         before = len(whole.work.failed_before)
         if before and not totals.failed:
             failed = counted(
                 before, "caption that failed before is", "captions that failed before are"
             )
-            self._sink.report(f"exit code 1: {failed} not tried again (--retry-failed does)")
+            self._output.report(f"exit code 1: {failed} not tried again (--retry-failed does)")
         for note, names in self._notes.values():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            self._sink.notice(f"note: {names[0]}{more}: {note}")
+            self._output.notice(f"note: {names[0]}{more}: {note}")
         failures = self._tell_failures()
         about = {**asdict(totals), "captions_per_s": speed, "tok_per_s": tokens}
         about |= {"gpu_percent": gpu, "failures": failures and str(failures)}
@@ -156,19 +158,19 @@ class RunReport:
             path = self._whole.write_failures()
         except OutputError as error:
             self._unwritten = True
-            self._sink.error(error)
+            self._output.error(error)
             rows = self._whole.manifest.failures()
             for row in rows[:MOST_LISTED]:
-                self._sink.report(f"failed: {row['path']} ({row['field']}): {row['reason']}")
+                self._output.report(f"failed: {row['path']} ({row['field']}): {row['reason']}")
             if len(rows) > MOST_LISTED:
-                self._sink.report(f"and {len(rows) - MOST_LISTED} more that failed")
+                self._output.report(f"and {len(rows) - MOST_LISTED} more that failed")
             return None
         if path is not None:
             whole = self._whole
             if whole.totals.failed or whole.work.failed_before:
-                self._sink.notice(f"what failed, and why: {path} (--retry-failed tries again)")
+                self._output.notice(f"what failed, and why: {path} (--retry-failed tries again)")
             else:  # of other folders that share it, or of another output
-                self._sink.notice(f"what failed in other runs, and why: {path}")
+                self._output.notice(f"what failed in other runs, and why: {path}")
         return path
 
     @contextmanager
@@ -200,13 +202,13 @@ class RunReport:
         for item in list(dict.fromkeys(task.item for task in tasks))[:SHOWN_QUESTIONS]:
             try:
                 for question in processor.questions(item):
-                    self._sink.notice(f"{item.key}: {question.field}: {question.text}")
+                    self._output.notice(f"{item.key}: {question.field}: {question.text}")
             except InputError as error:
-                self._sink.notice(f"{item.key}: {error.message}")
+                self._output.notice(f"{item.key}: {error.message}")
 
     def _event(self, name: str, about: dict[str, Any]) -> None:
         if self._json:
-            self._sink.json_line({"event": name, **about})
+            self._output.json_line({"event": name, **about})
 
 
 def _counts(whole: CaptionSet, extension: str) -> list[str]:

@@ -28,7 +28,7 @@ from qwencli.engine.frontend.model_files import ModelFiles
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.input_processor import InputProcessor
 from qwencli.engine.machine.python_runtime import PASS_TURN_S, STEP_TURN_S, undisturbed
-from qwencli.engine.native.memory_plan import captions_that_fit
+from qwencli.engine.native.batch_plan import captions_that_fit
 from qwencli.engine.request import (
     Batch,
     Key,

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import typer
@@ -24,6 +24,7 @@ from qwencli.errors import (
     QwenCliError,
     UsageError,
 )
+from qwencli.models import resolve
 
 CPU = DeviceFacts(
     "cpu", None, None, None, None, "2.13.0+cpu", None, "0.50",
@@ -45,11 +46,12 @@ def other() -> None:
 @pytest.fixture(autouse=True)
 def machine(monkeypatch, tmp_path):
     """A CPU box with a text-only model called "steady" and any other name; no torch needed."""
-    registry = ModuleType("qwencli.models.resolve")
-    registry.resolve_model = lambda name, **_: ModelSpec(
-        name or "steady", ModelSource.LOCAL, hub_config={}
+    spec = functools.partial(ModelSpec, source=ModelSource.LOCAL, hub_config={})
+    monkeypatch.setattr(resolve, "resolve_model", lambda name, **_: spec(name or "steady"))
+    check = resolve.check_model
+    monkeypatch.setattr(
+        resolve, "check_model", lambda spec, *rest: check(spec, *rest) if spec.path else {}
     )
-    monkeypatch.setitem(sys.modules, "qwencli.models.resolve", registry)
     monkeypatch.setattr(prepare, "read_device_facts", lambda device: CPU)
     monkeypatch.setattr(session, "read_machine_speed", lambda _: MachineSpeed(1e10, 1e5, 2.0))
     monkeypatch.setattr(session, "worker_command", lambda: FAKE_WORKER)
@@ -190,10 +192,9 @@ def llama(tmp_path, monkeypatch):
     folder = tmp_path / "llama"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
-    registry = sys.modules["qwencli.models.resolve"]
-    known = registry.resolve_model
+    known = resolve.resolve_model
     monkeypatch.setattr(
-        registry,
+        resolve,
         "resolve_model",
         lambda name, **_: (
             ModelSpec(name, ModelSource.LOCAL, path=folder) if name == "llama" else known(name)
@@ -272,10 +273,9 @@ def test_a_model_that_cannot_be_downloaded_is_found_once(monkeypatch):
     def fail(spec):
         raise DownloadError(f"{spec.repo_id} is not to be had", "check the network")
 
-    monkeypatch.setattr("qwencli.models.resolve.locate", fail)
-    registry = sys.modules["qwencli.models.resolve"]
+    monkeypatch.setattr(resolve, "locate", fail)
     monkeypatch.setattr(
-        registry,
+        resolve,
         "resolve_model",
         lambda name, **_: ModelSpec("far", ModelSource.HUB, repo_id="nobody/nothing"),
     )

@@ -263,7 +263,7 @@ def test_a_second_ctrl_c_leaves_whenever_it_comes(talk, monkeypatch):
         raise KeyboardInterrupt
 
     # While the first one is answered; a key that is lost there would leave the person waiting.
-    monkeypatch.setattr(talk._sink, "notice", interrupted)
+    monkeypatch.setattr(talk._output, "notice", interrupted)
     assert talk.converse(Typed(KeyboardInterrupt)) == 0
 
 

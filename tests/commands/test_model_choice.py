@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from qwencli.cli import run as run_cli
-from qwencli.commands import requests
+from qwencli.commands import start_engine
 from qwencli.commands.options import RunOptions
 from qwencli.config import LoadFormat, ModelSource
 from qwencli.engine.machine import host
@@ -29,7 +29,7 @@ def at_terminal(monkeypatch, tmp_path):
     monkeypatch.delenv("QWENCLI_MODEL", raising=False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    monkeypatch.setattr("qwencli.models.resolve.find_cached", lambda *a, **k: None)
+    monkeypatch.setattr("qwencli.models.hub.find_cached", lambda *a, **k: None)
     monkeypatch.setattr(host, "gpu_free_bytes", lambda: 24_000_000_000)
 
     def answer(*lines):
@@ -43,7 +43,7 @@ def at_terminal(monkeypatch, tmp_path):
 
 def test_the_offer_names_model_and_size_and_yes_takes_it(at_terminal, capsys):
     terminal = at_terminal("y")
-    spec = requests.choose_model(RunOptions(), Output())
+    spec = start_engine.choose_model(RunOptions(), Output())
     assert spec.source is ModelSource.BUILTIN
     offer = terminal.getvalue()
     assert spec.name in offer
@@ -63,19 +63,19 @@ def test_on_a_cpu_a_default_has_to_fit_in_float32(
     assert found.hub_config is not None
     (tmp_path / "config.json").write_text(json.dumps(dict(found.hub_config)), encoding="utf-8")
     monkeypatch.setattr(
-        "qwencli.models.resolve.find_cached",
+        "qwencli.models.hub.find_cached",
         lambda repo_id, **_: tmp_path if repo_id == found.repo_id else None,
     )
     free = free_gb * 10**9
     monkeypatch.setattr(host, "gpu_free_bytes", lambda: free if on_gpu else None)
     monkeypatch.setattr(host, "host_memory", lambda: host.HostMemory(2 * free, free))
-    assert requests.choose_model(RunOptions(json=True), Output(quiet=True)).name == name
+    assert start_engine.choose_model(RunOptions(json=True), Output(quiet=True)).name == name
 
 
 @pytest.mark.parametrize("lines", [[""], ["n"], ["no"], ["maybe", "n"]])
 def test_a_no_keeps_the_bundled_model(at_terminal, lines):
     terminal = at_terminal(*lines)
-    spec = requests.choose_model(RunOptions(), Output())
+    spec = start_engine.choose_model(RunOptions(), Output())
     assert spec.source is ModelSource.BUNDLED
     assert terminal.getvalue().count("[y/N]") == len(lines), "what is neither is asked again"
 
@@ -92,7 +92,7 @@ def test_a_no_keeps_the_bundled_model(at_terminal, lines):
 )
 def test_nobody_is_asked_where_an_offer_makes_no_sense(at_terminal, options, quiet):
     terminal = at_terminal("y")
-    spec = requests.choose_model(options, Output(quiet=quiet))
+    spec = start_engine.choose_model(options, Output(quiet=quiet))
     assert spec.source is ModelSource.BUNDLED
     assert not terminal.getvalue()
 
@@ -100,7 +100,7 @@ def test_nobody_is_asked_where_an_offer_makes_no_sense(at_terminal, options, qui
 def test_a_pipe_is_never_asked(at_terminal, monkeypatch):
     terminal = at_terminal("y")
     monkeypatch.setattr("sys.stdin.isatty", lambda: False)
-    assert requests.choose_model(RunOptions(), Output()).source is ModelSource.BUNDLED
+    assert start_engine.choose_model(RunOptions(), Output()).source is ModelSource.BUNDLED
     assert not terminal.getvalue()
 
 
@@ -122,4 +122,4 @@ def test_the_bundled_model_says_what_it_is(monkeypatch, capsys):
 def test_end_of_input_at_the_offer_ends_the_command(at_terminal):
     at_terminal()
     with pytest.raises(typer.Abort):
-        requests.choose_model(RunOptions(), Output())
+        start_engine.choose_model(RunOptions(), Output())

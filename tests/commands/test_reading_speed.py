@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from qwencli.commands import requests
+from qwencli.commands import start_engine
 
 
 def test_the_speed_of_reading_is_of_all_that_was_read(monkeypatch):
     engine = SimpleNamespace(weights_read=(0, 0))
     now_s = [100.0]
-    monkeypatch.setattr(requests.time, "perf_counter", lambda: now_s[0])
-    said = requests.reading_speed(engine)
+    monkeypatch.setattr(start_engine.time, "perf_counter", lambda: now_s[0])
+    said = start_engine.reading_speed(engine)
     assert said() == ""
     engine.weights_read = (10**9, 8 * 10**9)
     assert said() == ": 1.0 of 8.0 GB"

@@ -34,6 +34,7 @@ from qwencli.engine.graphs import GraphRunner, RepeatedShapes
 from qwencli.engine.hf.engine import TransformersEngine
 from qwencli.engine.layers import vision_tower
 from qwencli.engine.machine.python_runtime import PASS_TURN_S, STEP_TURN_S
+from qwencli.engine.native import batch_plan
 from qwencli.engine.native import engine as native_engine
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.request import Limits
@@ -338,7 +339,7 @@ def test_a_request_that_fails_fails_alone(limited, monkeypatch):
 
 
 def test_a_request_larger_than_the_pool_is_refused(engine, monkeypatch):
-    monkeypatch.setattr(native_engine, "plan_pages", lambda *args: 2)
+    monkeypatch.setattr(batch_plan, "plan_pages", lambda *args: 2)
     engine._close_queue()
     small, large = ask("S", max_new_tokens=3), ask("L", max_new_tokens=200)
     results = list(generate_many(engine, [small, large, small]))

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwencli.cli import run
-from qwencli.commands.requests import running_engine
+from qwencli.commands.start_engine import running_engine
 from qwencli.config import (
     EngineConfig,
     LoadFormat,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,20 +42,10 @@ from qwencli.engine.machine.python_runtime import (
     quick_function_sources,
     undisturbed,
 )
+from qwencli.engine.native.batch_plan import BATCH_LIMITS, plan_batch
 from qwencli.engine.native.decode_state import STEPPERS, DecodeState, decodes_on_cpu
 from qwencli.engine.native.generate import Generation, row_logits
-from qwencli.engine.native.memory_plan import (
-    BATCH_LIMITS,
-    MemoryPlan,
-    captions_that_fit,
-    head_input_bytes,
-    limits_within,
-    pages_for_captions,
-    plan_memory,
-    plan_pages,
-    plan_states,
-    state_bytes,
-)
+from qwencli.engine.native.memory_plan import MemoryPlan, plan_memory
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prefill_graphs import PrefillGraphs
 from qwencli.engine.native.supported import (
@@ -66,7 +55,7 @@ from qwencli.engine.native.supported import (
     quantizer_for,
 )
 from qwencli.engine.protocol import RequestQueue
-from qwencli.engine.request import Limits, RequestId, StepOutput
+from qwencli.engine.request import RequestId, StepOutput
 from qwencli.engine.resolve import (
     check_modes,
     device_lacks,
@@ -80,7 +69,7 @@ from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.errors import MissingDependencyError, UnsupportedModeError
 from qwencli.messages import GenerationRequest
 from qwencli.models.checkpoint import has_draft_head
-from qwencli.models.memory import RUNTIME_BYTES, native_kv_bytes, packed_weight_bytes
+from qwencli.models.memory import RUNTIME_BYTES, packed_weight_bytes
 from qwencli.models.quant_formats import PackedFormat, format_of
 from qwencli.models.shape_reader import read_shape
 from qwencli.models.shapes import ModelShape
@@ -530,7 +519,7 @@ class NativeEngine(BaseEngine):
         if not batches:
             return super()._make_queue()
         compiling = self._compiling(BATCH_LIMITS["cuda"].max_rows)
-        from qwencli.engine.cache.paged_kv import PAGE_SIZE, PagePool
+        from qwencli.engine.cache.paged_kv import PagePool
         from qwencli.engine.cache.recurrent_state import SnapshotPool
         from qwencli.engine.engine_core import EngineCore
         from qwencli.engine.runner import ModelRunner
@@ -540,56 +529,32 @@ class NativeEngine(BaseEngine):
         model = self._model
         assert model is not None, "load() comes first"
         cuda = model.device.type == "cuda"
-        limits = BATCH_LIMITS["cuda" if cuda else "cpu"]
         with torch.inference_mode():
-            free = _free_bytes(self.effective.device)
-            quantized = config.kv_dtype is not KVDType.AUTO
-            plan, size = self._plan, model.dtype.itemsize
-            assert plan is not None, "load() comes first"
-            reserved = plan.activations + plan.kept_images + plan.graphs
+            fixed = self._plan
+            assert fixed is not None, "load() comes first"
             drafting = config.speculate is not Speculate.OFF
-
-            def states_in(limits: Limits) -> tuple[int, int]:
-                return plan_states(model.shape, limits, size, free, quantized, reserved, drafting)
-
-            limits = limits_within(limits, lambda each: states_in(each)[0])
-            rows, num_states = states_in(limits)
-            limits = replace(limits, max_rows=rows)
-            each, updates = state_bytes(model.shape, size, drafting)
-            states = num_states * each + updates
-            head = head_input_bytes(model.shape, rows, size) if drafting else 0
-            beside_states = None if free is None else free - states - head
-
-            def pages_in(free_bytes: int | None, limits: Limits) -> int:
-                return plan_pages(
-                    model.shape, limits, self.max_seq_len, size, free_bytes, quantized, reserved
-                )
-
-            limits = limits_within(limits, functools.partial(pages_in, beside_states))
-            pages = pages_in(beside_states, limits)
-            dense = model.dense_copies_bytes
-            if dense and beside_states is not None:
-                # Products of many rows with weights that are not read back are worth the memory
-                # that rows have no use for.
-                beside = pages_in(beside_states - dense, limits)
-                if beside >= min(pages, pages_for_captions(model.shape, limits)):
-                    model.keep_dense_copies()
-                    pages, self._pool["weights once more, for batches"] = beside, dense
-            captions = captions_that_fit(model.shape, pages, limits.max_rows)
-            page_bytes = PAGE_SIZE * native_kv_bytes(model.shape, quantized, size)
-            self._pool[f"pool for captions ({captions})"] = pages * page_bytes
-            if states:
-                self._pool["states of sequences"] = states
-            if head:
-                self._pool["hidden states for drafts"] = head
+            plan = plan_batch(
+                model.shape,
+                BATCH_LIMITS["cuda" if cuda else "cpu"],
+                max_seq_len=self.max_seq_len,
+                value_bytes=model.dtype.itemsize,
+                free_bytes=_free_bytes(self.effective.device),
+                quantized_kv=config.kv_dtype is not KVDType.AUTO,
+                reserved=fixed.activations + fixed.kept_images + fixed.graphs,
+                drafting=drafting,
+                dense_bytes=model.dense_copies_bytes,
+            )
+            if plan.keep_dense:
+                model.keep_dense_copies()
+            self._pool = plan.parts
             runner = ModelRunner(
                 model,
-                pages,
-                limits.max_rows,
+                plan.num_pages,
+                plan.limits.max_rows,
                 self.max_seq_len,
                 cache is Cache.STATIC_GRAPH,
                 self._vision_cache,
-                num_states=num_states,
+                num_states=plan.num_states,
                 with_drafts=drafting,
             )
         if compiling is not None:
@@ -597,7 +562,11 @@ class NativeEngine(BaseEngine):
         return EngineCore(
             self.files,
             runner,
-            Scheduler(limits, PagePool(pages), SnapshotPool(num_states) if num_states else None),
+            Scheduler(
+                plan.limits,
+                PagePool(plan.num_pages),
+                SnapshotPool(plan.num_states) if plan.num_states else None,
+            ),
             replace(self.effective, attention=_row_attention(model)),
             self.load_s,
             self._prepared,

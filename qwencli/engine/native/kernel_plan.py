@@ -22,8 +22,8 @@ from qwencli.engine.cache.paged_kv import DecodePages, PackedPrompts, PagedKVCac
 from qwencli.engine.cache.recurrent_state import RecurrentStates
 from qwencli.engine.kernels.launches import Gpu, KernelLaunch, planning
 from qwencli.engine.loading import weights
+from qwencli.engine.native.batch_plan import BATCH_LIMITS
 from qwencli.engine.native.decode_state import DecodeState
-from qwencli.engine.native.memory_plan import BATCH_LIMITS
 from qwencli.engine.native.model import PREFILL_CHUNK, QwenModel
 from qwencli.engine.native.prompt_inputs import Prompt
 from qwencli.engine.native.sampler import SamplerKind

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from qwencli.config import DType, KVDType, Quantization, SeqLen
-from qwencli.engine.cache.paged_kv import PAGE_SIZE, pages_for
 from qwencli.engine.cache.prefix_cache import VISION_CACHE_BYTES
 from qwencli.engine.layers.vision_tower import PATCHES_KEPT, PIECE, UNDIVIDED
 from qwencli.engine.native.model import longest_chunk
 from qwencli.engine.native.prefill_graphs import SIZES, SMALL_SIZES, GraphSizes
-from qwencli.engine.request import Limits
 from qwencli.engine.spec_decode.ngram import MAX_VERIFY_TOKENS
 from qwencli.errors import OutOfMemoryError
 from qwencli.models.memory import (
@@ -36,35 +34,8 @@ SMALLEST_MAX_SEQ_LEN = 1024
 TEXT_TOKENS = 256
 # The largest picture that lengths are shortened for, unless --max-pixels says otherwise.
 PLANNED_PIXELS = 1024 * 1024
-
-
-# Rows that run at once and prompt tokens of a step, by device. So many tokens keep running rows
-# waiting for 20 ms on an H200. `context_worth`: of a 4B model they are 12,200 by arithmetic;
-# attention runs at half the speed of products. Of captions whose rows nobody waits for, as many
-# pictures of 512x512 at a time as the vision tower and the decoder gain from (`MOST_PROMPTS`).
-BATCH_LIMITS = {
-    "cuda": Limits(
-        max_rows=256,
-        max_prefill_tokens=2048,
-        max_prompts=64,
-        context_worth=6144,
-        powers_of_two=True,
-        unstreamed_prefill_tokens=6144,
-        unstreamed_prompts=16,
-    ),
-    "cpu": Limits(max_rows=16, max_prefill_tokens=512, max_prompts=8),
-}
-# Tokens that a row of a batch has room for on average, where memory does not say less.
-BATCH_ROW_TOKENS = 1024
 # States of beginnings that are kept for others to go on from, where the model keeps states.
 STATES_KEPT = 8
-# What is said of a pool: pictures, and text around them with its answer.
-CAPTION_SIZES = ((512, 512), (1024, 1024), (3840, 2160))
-CAPTION_TOKENS = 192
-# Of what is free, for what nobody counts.
-POOL_SHARE = 0.9
-# Of rows and of their pool, what longer passes over prompts may cost.
-PASSES_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -146,9 +117,9 @@ def plan_memory(
     quantized = quantization is not Quantization.NONE or checkpoint_weights is not None
     dequantize = dequantize_bytes(shape) if quantized else 0
 
-    most_images = _image_tokens(shape, max_pixels or own_pixels)
+    most_images = image_tokens(shape, max_pixels or own_pixels)
     # A length that was asked for is not shortened for pictures, down to this size.
-    least_images = min(most_images, _image_tokens(shape, max_pixels or PLANNED_PIXELS))
+    least_images = min(most_images, image_tokens(shape, max_pixels or PLANNED_PIXELS))
     quantized_kv = kv_dtype is not KVDType.AUTO
     token_bytes = native_kv_bytes(shape, quantized_kv, 2 * scale)
     # Of one row, and those that every pool has beside it.
@@ -169,7 +140,7 @@ def plan_memory(
 
     def plan(tokens: int, images: int) -> MemoryPlan:
         peak = max(
-            _vision_bytes(shape, images),
+            vision_bytes(shape, images),
             prefill_peak_bytes(shape, min(tokens, longest_chunk())) + dequantize,
         )
         return MemoryPlan(
@@ -219,47 +190,6 @@ def plan_memory(
     raise _does_not_fit(name, refused, free_bytes, longest, smaller)
 
 
-def plan_pages(
-    shape: ModelShape,
-    limits: Limits,
-    max_seq_len: int,
-    value_bytes: int,
-    free_bytes: int | None,
-    quantized_kv: bool = False,
-    reserved: int = 0,
-) -> int:
-    """Pages of the pool of a batch: for all rows, or at least one of `max_seq_len` tokens; fewer
-    where no more than `free_bytes` are left beside the weights. At least one beside page 0.
-
-    Args:
-        reserved: what a lone request works in, and what is kept of pictures: a large picture takes
-            as much in a batch.
-    """
-    wanted = pages_for(max(limits.max_rows * BATCH_ROW_TOKENS, max_seq_len)) + 1
-    if free_bytes is None:
-        return wanted
-    working = _batch_working_bytes(shape, limits, value_bytes, reserved)
-    page_bytes = PAGE_SIZE * native_kv_bytes(shape, quantized_kv, value_bytes)
-    return max(2, min(wanted, int((free_bytes - working) * POOL_SHARE) // page_bytes))
-
-
-def limits_within(limits: Limits, room_in: Callable[[Limits], int]) -> Limits:
-    """The limits, without longer passes over prompts where these would take rows, or pages that
-    rows need.
-
-    Args:
-        room_in: rows, or pages of the pool, beside what a step of such limits works in.
-    """
-    short = replace(limits, unstreamed_prefill_tokens=None)
-    return limits if room_in(limits) >= (1 - PASSES_SHARE) * room_in(short) else short
-
-
-def pages_for_captions(shape: ModelShape, limits: Limits) -> int:
-    """Pages that a pool needs for captions of the smallest of `CAPTION_SIZES` in all rows."""
-    width, height = CAPTION_SIZES[0]
-    return limits.max_rows * pages_for(_image_tokens(shape, width * height) + CAPTION_TOKENS) + 1
-
-
 def state_bytes(shape: ModelShape, value_bytes: int, drafting: bool) -> tuple[int, int]:
     """Bytes of a slot of states, and of what the drafts of a step would do to such."""
     tokens, checked = 1, 0
@@ -281,57 +211,6 @@ def head_input_bytes(shape: ModelShape, rows: int, value_bytes: int) -> int:
     return rows * (RING * shape.text.hidden_size * value_bytes + count)
 
 
-def plan_states(
-    shape: ModelShape,
-    limits: Limits,
-    value_bytes: int,
-    free_bytes: int | None,
-    quantized_kv: bool = False,
-    reserved: int = 0,
-    drafting: bool = False,
-) -> tuple[int, int]:
-    """Rows of a batch, and slots of states: one a row, those for beginnings that are kept, and slot
-    0. No slots, and all rows, for a model that keeps none.
-
-    Rows are as many as fit with `BATCH_ROW_TOKENS` of each; at least one.
-
-    Args:
-        reserved: see `plan_pages`. drafting: see `plan_memory`.
-    """
-    state, updates = state_bytes(shape, value_bytes, drafting)
-    if not state:
-        return limits.max_rows, 0
-    rows = limits.max_rows
-    if free_bytes is not None:
-        row = state + BATCH_ROW_TOKENS * native_kv_bytes(shape, quantized_kv, value_bytes)
-        row += head_input_bytes(shape, 1, value_bytes)
-        working = _batch_working_bytes(shape, limits, value_bytes, reserved)
-        left = (free_bytes - working) * POOL_SHARE - (1 + STATES_KEPT) * state - updates
-        rows = max(1, min(rows, int(left // row)))
-    return rows, rows + 1 + STATES_KEPT
-
-
-def captions_that_fit(shape: ModelShape, pages: int, max_rows: int) -> str:
-    """How many captions run at once in a pool of so many pages, by size of picture."""
-    counts = []
-    for width, height in CAPTION_SIZES if shape.vision else ((0, 0),):
-        tokens = _image_tokens(shape, width * height) + CAPTION_TOKENS
-        count = min(max_rows, (pages - 1) // pages_for(tokens))
-        counts.append(f"{count} of {width}x{height}" if width else f"{count} of {tokens} tokens")
-    return ", ".join(counts) + " at once"
-
-
-def _batch_working_bytes(
-    shape: ModelShape, limits: Limits, value_bytes: int, reserved: int
-) -> float:
-    """What a step of a batch works in."""
-    tokens, scale = limits.most_prefill_tokens, value_bytes / 2
-    vision = _vision_bytes(shape, tokens) + image_feature_bytes(shape, tokens)
-    working = max(reserved, scale * max(prefill_peak_bytes(shape, tokens), vision))
-    # In float32, and once more as the sampler's.
-    return working + 8 * limits.max_rows * shape.text.vocab_size
-
-
 def _kept_image_bytes(shape: ModelShape, images: int, scale: int) -> int:
     """Features of earlier pictures, and layouts of their sizes: resampled positions, and angles in
     float32. The layout of a large picture takes the room of those."""
@@ -343,7 +222,7 @@ def _kept_image_bytes(shape: ModelShape, images: int, scale: int) -> int:
     return VISION_CACHE_BYTES + kept * (2 * scale * width + 8 * width // heads)
 
 
-def _vision_bytes(shape: ModelShape, images: int) -> int:
+def vision_bytes(shape: ModelShape, images: int) -> int:
     """Peak bytes of encoding a picture of up to so many tokens, without its features: of the
     largest, or of the largest that is not cut in pieces."""
     if shape.vision is None:
@@ -362,14 +241,15 @@ def _graph_bytes(shape: ModelShape, sizes: GraphSizes, tokens: int, dequantize: 
     hidden = tokens * shape.text.hidden_size * 2
     if tower is None:
         return prompt + hidden
-    image_tokens = sizes.patches // tower.merge_area
+    images = sizes.patches // tower.merge_area
     inputs = hidden * (1 + len(tower.deepstack_layers))
     inputs += sizes.patches * (2 * tower.patch_elements + 2 * tower.hidden_size)
-    inputs += sizes.patches * 8 * tower.head_dim + image_feature_bytes(shape, image_tokens)
-    return max(prompt, vision_peak_bytes(shape, image_tokens)) + inputs
+    inputs += sizes.patches * 8 * tower.head_dim + image_feature_bytes(shape, images)
+    return max(prompt, vision_peak_bytes(shape, images)) + inputs
 
 
-def _image_tokens(shape: ModelShape, pixels: int) -> int:
+def image_tokens(shape: ModelShape, pixels: int) -> int:
+    """Tokens of a picture of so many pixels."""
     if shape.vision is None:
         return 0
     return -(-pixels // (shape.vision.patch_size * shape.vision.merge_size) ** 2)

@@ -7,16 +7,18 @@ import torch
 
 from qwencli.config import DType, Quantization
 from qwencli.engine.cache.prefix_cache import VISION_CACHE_BYTES
-from qwencli.engine.native.memory_plan import (
+from qwencli.engine.native.batch_plan import (
     BATCH_LIMITS,
-    DEFAULT_MAX_SEQ_LEN,
-    TEXT_TOKENS,
     captions_that_fit,
-    head_input_bytes,
     limits_within,
     pages_for_captions,
-    plan_memory,
     plan_pages,
+)
+from qwencli.engine.native.memory_plan import (
+    DEFAULT_MAX_SEQ_LEN,
+    TEXT_TOKENS,
+    head_input_bytes,
+    plan_memory,
 )
 from qwencli.engine.native.prefill_graphs import SIZES, SMALL_SIZES
 from qwencli.engine.spec_decode.mtp import HeadInputs

@@ -1,4 +1,4 @@
-"""Works through the pictures of `qwencli caption`."""
+"""`qwencli caption PICTURE...`: answers are printed, not kept (see `caption_folder`)."""
 
 from __future__ import annotations
 
@@ -22,20 +22,23 @@ from qwencli.answer_report import (
     unshown,
 )
 from qwencli.commands.caption_options import CaptionJob, check_samples, overlay_folder
-from qwencli.commands.requests import (
+from qwencli.commands.open_media import OPENING_ERRORS, Named, open_named
+from qwencli.commands.start_engine import (
     ANSWERING_ERRORS,
-    OPENING_ERRORS,
-    Named,
     announce_model,
     choose_model,
     memory_figures,
-    open_named,
     running_engine,
-    system_messages,
 )
 from qwencli.engine.abilities import Abilities
 from qwencli.errors import QwenCliError, StoppedError
-from qwencli.messages import GenerationRequest, ImagePart, VisualPart, user_message
+from qwencli.messages import (
+    GenerationRequest,
+    ImagePart,
+    VisualPart,
+    system_messages,
+    user_message,
+)
 from qwencli.output import visible
 from qwencli.tracing import trace_answer
 
@@ -78,13 +81,16 @@ class _WritesNothing:
             keep(outcome)
 
 
-class Captions:
-    """One that fails costs its own answer only; `failed` counts them, `begun` those opened,
-    and `answered` those with a caption."""
+class CaptionPrinter:
+    """Opens pictures, has them answered, and prints the answers.
+
+    A picture that fails costs its own answer only. `begun` counts the pictures opened, `answered`
+    those with a caption, `failed` those without.
+    """
 
     def __init__(self, job: CaptionJob, model: str, *, several: bool) -> None:
         run = job.run
-        self.sink, self.json, self.stats = job.sink, run.json, run.stats
+        self.output, self.json, self.stats = job.output, run.json, run.stats
         self.model, self.several = model, several
         self._max_pixels = run.decoded_pixels(job.keep_s)
         self.failed = self.begun = self.answered = 0
@@ -94,15 +100,16 @@ class Captions:
         self._errors: set[tuple[str, str]] = set()
 
     def open(self, named: Named, frames: int | None, beside: Pictures = ()) -> VisualPart:
-        """Open what was named; `finish` tells of what it holds and is not shown."""
+        """Open a picture or video. What a file holds beyond its first picture, `finish` tells."""
         picture = open_named(named, frames, beside, self._max_pixels)
         if isinstance(picture, ImagePart) and picture.first_of is not None:
             self._first_of.setdefault(picture.first_of, []).append(picture.name)
         return picture
 
     def finish(self) -> None:
+        """Tell of files that hold more pictures than the one that was shown."""
         for line in unshown(self._first_of):
-            self.sink.notice(line)
+            self.output.notice(line)
 
     @contextmanager
     def counted_when_stopped(self, count: int) -> Iterator[None]:
@@ -118,10 +125,11 @@ class Captions:
             ) from error
 
     def opened(self, jobs: Sequence[Sequence[Named]], frames: int | None) -> Iterator[Pictures]:
+        """The pictures of each request, opened when it is due; those that fail are left out."""
         for number, job in enumerate(jobs, start=1):
             self.begun = number
             if self.several and sys.stderr.isatty() and not sys.stdout.isatty():
-                self.sink.notice(f"[{number}/{len(jobs)}] {', '.join(map(str, job))}")
+                self.output.notice(f"[{number}/{len(jobs)}] {', '.join(map(str, job))}")
             pictures: Pictures = ()
             for named in job:
                 try:
@@ -129,7 +137,7 @@ class Captions:
                 except OPENING_ERRORS as error:
                     self._report(error, [str(named)])
             if 0 < len(pictures) < len(job):
-                self.sink.notice(f"note: {len(pictures)} of {len(job)} images are shown")
+                self.output.notice(f"note: {len(pictures)} of {len(job)} images are shown")
             if pictures:
                 yield pictures
 
@@ -140,7 +148,7 @@ class Captions:
         except ANSWERING_ERRORS as error:
             self._report(error, names)
             return
-        self._add_to(result, names)
+        self._print_details(result, names)
 
     def answer_many(
         self,
@@ -167,10 +175,10 @@ class Captions:
                 raise result
             else:
                 if not self.json:
-                    self.sink.answer(self._prefix(names) + result.text)
-                self._add_to(result, names)
+                    self.output.answer(self._prefix(names) + result.text)
+                self._print_details(result, names)
         if self.stats:
-            self.sink.report(f"memory{memory_figures(engine.memory_plan)}")
+            self.output.report(f"memory{memory_figures(engine.memory_plan)}")
 
     def answer_formatted(
         self, captioner: Captioner, tasks: Sequence[Task], told: Callable[[Outcome], None]
@@ -210,29 +218,29 @@ class Captions:
             record = caption_record(outcome.result, names, self.model)
             record |= {"caption": outcome.caption} | ({} if field == CAPTION else {"field": field})
             record |= {"sample": sample} if sample else {}
-            self.sink.json_line(record)
+            self.output.json_line(record)
         else:
             asked = "" if field == CAPTION else f"{field}: "
-            self.sink.answer(self._prefix(names) + asked + outcome.caption)
+            self.output.answer(self._prefix(names) + asked + outcome.caption)
         if self.stats:
-            self.sink.report(stats_line(outcome.result))
+            self.output.report(stats_line(outcome.result))
 
-    def _add_to(self, result: GenerationResult, names: list[str]) -> None:
-        """What goes beside an answer, or is written in its place."""
+    def _print_details(self, result: GenerationResult, names: list[str]) -> None:
+        """Print an answer's JSON record, notes and statistics; its text was printed before."""
         self.answered += 1
         trace_answer(", ".join(names), result)
         if self.json:
-            self.sink.json_line(caption_record(result, names, self.model))
+            self.output.json_line(caption_record(result, names, self.model))
         for note in result.notes:
-            self.sink.notice(f"note: {', '.join(names)}: {note}")
+            self.output.notice(f"note: {', '.join(names)}: {note}")
         missing = shortfall(result)
         if missing is not None:
-            self.sink.notice(f"note: {', '.join(names)}: {missing}")
+            self.output.notice(f"note: {', '.join(names)}: {missing}")
         if self.stats:
-            self.sink.report(stats_line(result))
+            self.output.report(stats_line(result))
         if self.process is not None and self.answered == 1:
             self.mark("first request")
-            self.sink.report(self.process.line())
+            self.output.report(self.process.line())
 
     def mark(self, what: str) -> None:
         """See `ProcessTimes`; nothing without `--stats`."""
@@ -246,9 +254,9 @@ class Captions:
             # A reader of a pipe gets whole answers: a failed one must not leave half a line.
             result = engine.generate(request)
             if not self.json:
-                self.sink.answer(self._prefix(names) + result.text)
+                self.output.answer(self._prefix(names) + result.text)
             return result
-        with self.sink.stream() as write:
+        with self.output.stream() as write:
             write(self._prefix(names))
             for chunk in engine.stream(request):
                 write(chunk.text)
@@ -263,9 +271,9 @@ class Captions:
         """Tell of a failure; one that was told `again` is a line of `--json` alone."""
         self.failed += 1
         if not again:
-            self.sink.error(error, names)
+            self.output.error(error, names)
         if self.json:
-            self.sink.json_line(failure_record(error, names, self.model))
+            self.output.json_line(failure_record(error, names, self.model))
 
 
 def answer_pictures(
@@ -278,8 +286,8 @@ def answer_pictures(
 ) -> None:
     """Print what a plain prompt is answered about each picture, or about all of them together;
     exit code 1 where one failed."""
-    images, run, sink, frames = job.inputs, job.run, job.sink, job.frames
-    sampling, spec = run.sampling_options(), choose_model(run, sink)
+    images, run, output, frames = job.inputs, job.run, job.output, job.frames
+    sampling, spec = run.sampling_options(), choose_model(run, output)
 
     def ask(pictures: Pictures) -> GenerationRequest:
         messages = (*system_messages(job.system), user_message(text, pictures))
@@ -287,17 +295,17 @@ def answer_pictures(
             messages, sampling, thinking=thinking, thinking_budget=thinking_budget
         )
 
-    work = Captions(job, spec.name, several=len(images) > 1)
+    work = CaptionPrinter(job, spec.name, several=len(images) > 1)
     groups = work.opened([images] if multi_image else [[each] for each in images], frames)
     pictures = next(groups, None)
     if pictures is not None:
         wanted = Abilities(pictures=True, thoughts=thinking)
-        announce_model(spec, run, sink, wanted)
+        announce_model(spec, run, output, wanted)
         work.mark("python, options and pictures")
         asked = 1 if multi_image else len(images)
         with (
             work.counted_when_stopped(asked),
-            running_engine(run.engine_config(spec), sink, job.keep_s, wanted) as loaded,
+            running_engine(run.engine_config(spec), output, job.keep_s, wanted) as loaded,
         ):
             work.mark("torch and the model")
             left = images[work.begun - 1 :]
@@ -324,14 +332,14 @@ def print_captions(job: CaptionJob, config: CaptionConfig) -> None:
     from qwencli.dataset.pipeline import Task
     from qwencli.dataset.sources import Item, Listing
 
-    run, sink, frames = job.run, job.sink, job.frames
+    run, output, frames = job.run, job.output, job.frames
     sampling = run.sampling_options()
     check_samples(job.samples, sampling)
     named = {str(each): each for each in job.inputs}
     listing = Listing(Path(), [Item(name) for name in named])
     fields = config.prompts.fields
-    spec = choose_model(run, sink)
-    work = Captions(job, spec.name, several=len(named) > 1)
+    spec = choose_model(run, output)
+    work = CaptionPrinter(job, spec.name, several=len(named) > 1)
     processor = CaptionProcessor(
         config,
         listing,
@@ -346,15 +354,15 @@ def print_captions(job: CaptionJob, config: CaptionConfig) -> None:
         for name in fields
         for sample in range(job.samples)
     ]
-    announce_model(spec, run, sink, config.wanted)
+    announce_model(spec, run, output, config.wanted)
     overlays = Overlays(
         overlay_folder(config, job.overlay),
         lambda item: open_named(named[item.key], frames),
-        sink.error,
+        output.error,
     )
     with (
         work.counted_when_stopped(len(tasks)),
-        running_engine(run.engine_config(spec), sink, job.keep_s, config.wanted) as engine,
+        running_engine(run.engine_config(spec), output, job.keep_s, config.wanted) as engine,
         overlays,
     ):
         work.answer_formatted(LocalCaptioner(engine, processor), tasks, overlays.add)

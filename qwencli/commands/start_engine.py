@@ -1,39 +1,34 @@
-"""What `caption` and `chat` do around an answer: choose the model, run the engine, open files."""
+"""Chooses a command's model and starts the engine that answers.
+
+That engine runs in this process, is the one kept loaded, or stands for servers elsewhere.
+"""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwencli.commands.options import RunOptions
 from qwencli.config import EngineConfig, EngineName, LoadFormat, ModelSource, ModelSpec
-from qwencli.dataset.named_inputs import StdinPart, local_path, url_part
 from qwencli.engine.abilities import Abilities, check_known, check_loaded, fetch_model
 from qwencli.errors import (
     AnswerError,
     InputError,
-    MissingDependencyError,
     OutOfMemoryError,
     QwenCliError,
     RequestError,
 )
-from qwencli.messages import ImagePart, Message, VideoPart, VisualPart, text_message
 from qwencli.models.resolve import recommended_model, resolve_model
 from qwencli.output import Output
 from qwencli.tracing import active
 
-# What opening a picture or video may raise: it costs that one, and the others are done.
-OPENING_ERRORS = (InputError, MissingDependencyError, OutOfMemoryError)
-# Of what a speed is told.
+# Reading has to take that long before its speed is told.
 _SHORTEST_S = 0.2
 # What one request may end with, while others go on.
 ANSWERING_ERRORS = (InputError, OutOfMemoryError, AnswerError, RequestError)
-
-Named = str | StdinPart
 
 if TYPE_CHECKING:
     from qwencli.engine.protocol import Engine
@@ -135,7 +130,7 @@ def _is_offline(run: RunOptions) -> bool:
 
 @contextmanager
 def running_engine(
-    config: EngineConfig, sink: Output, keep_s: float | None, wanted: Abilities
+    config: EngineConfig, output: Output, keep_s: float | None, wanted: Abilities
 ) -> Iterator[Engine]:
     """An engine, loaded, closed at the end whatever happens.
 
@@ -148,14 +143,14 @@ def running_engine(
         UsageError: its model cannot do that, which is told before the load where its files are
             here; and whatever `Engine.load` raises.
     """
-    engine = None if keep_s == 0 else _resident(config, sink, keep_s, wanted)
-    engine = engine or _loaded_here(config, sink, wanted)
+    engine = None if keep_s == 0 else _resident(config, output, keep_s, wanted)
+    engine = engine or _loaded_here(config, output, wanted)
     said = engine.load_warnings
     try:
         for warning in said:
-            sink.warn(warning)
+            output.warn(warning)
         if config.max_seq_len == "auto":
-            sink.notice(
+            output.notice(
                 f"--max-seq-len auto: {engine.max_seq_len}{memory_figures(engine.memory_plan)}"
             )
         check_loaded(config.model.name, engine, wanted)
@@ -164,11 +159,11 @@ def running_engine(
         engine.close()
         for warning in engine.load_warnings:
             if warning not in said:  # what a load left to be done later may go wrong too
-                sink.warn(warning)
+                output.warn(warning)
 
 
 def _resident(
-    config: EngineConfig, sink: Output, keep_s: float | None, wanted: Abilities
+    config: EngineConfig, output: Output, keep_s: float | None, wanted: Abilities
 ) -> Engine | None:
     """The resident engine with this model loaded; None where it cannot be used now."""
     from qwencli.server.resident_state import read_state, state_folder
@@ -179,28 +174,28 @@ def _resident(
         return None  # as on most machines, most of the time
     from qwencli.server.resident_engine import ResidentEngine
 
-    engine = ResidentEngine(config, keep_s, sink.notice)
+    engine = ResidentEngine(config, keep_s, output.notice)
     try:
-        with sink.status(f"loading {config.model.name}"):
+        with output.status(f"loading {config.model.name}"):
             engine.load()
     except QwenCliError:
         if not engine.unusable:
             raise
         if keep_s is not None:
-            sink.notice(f"note: {engine.unusable}: the model is loaded here")
+            output.notice(f"note: {engine.unusable}: the model is loaded here")
         return None
     return engine
 
 
-def _loaded_here(config: EngineConfig, sink: Output, wanted: Abilities) -> Engine:
+def _loaded_here(config: EngineConfig, output: Output, wanted: Abilities) -> Engine:
     from qwencli.engine.factory import create_engine
 
-    with sink.status(f"starting {config.model.name}"):
+    with output.status(f"starting {config.model.name}"):
         # Before a download: a mode that the engine does not have should not cost gigabytes first.
         if config.engine is EngineName.REMOTE:
             from qwencli.engine.remote import RemoteEngine
 
-            engine: Engine = RemoteEngine(config, warn=sink.warn)
+            engine: Engine = RemoteEngine(config, warn=output.warn)
         else:
             engine = create_engine(config)
         if config.model.source is not ModelSource.REMOTE:
@@ -214,7 +209,7 @@ def _loaded_here(config: EngineConfig, sink: Output, wanted: Abilities) -> Engin
     # Here and not in load(): the download's own progress bars need the terminal to themselves.
     fetch_model(config, wanted)
     try:
-        with sink.status(f"loading {config.model.name}", reading_speed(engine)):
+        with output.status(f"loading {config.model.name}", reading_speed(engine)):
             engine.load()
     except OutOfMemoryError as error:
         raise _with_resident(error) from error
@@ -253,58 +248,3 @@ def memory_figures(plan: Mapping[str, int]) -> str:
     """Bytes by use, in brackets; nothing where nothing is planned."""
     parts = ", ".join(f"{use} {size / 2**30:.1f}" for use, size in plan.items())
     return f" (GiB: {parts})" if parts else ""
-
-
-def system_messages(system: str | None) -> tuple[Message, ...]:
-    return (text_message("system", system),) if system else ()
-
-
-def open_picture(path: Path, beside: Sequence[VisualPart] = ()) -> ImagePart:
-    """Raises InputError naming the file when it is not a usable picture.
-
-    Args:
-        beside: see `open_visual`.
-    """
-    from qwencli.engine.frontend.images import open_image
-    from qwencli.engine.frontend.videos import decoded_bytes
-
-    return open_image(local_path(path), held_bytes=decoded_bytes(beside))
-
-
-def open_named(
-    named: Named,
-    frames: int | None,
-    beside: Sequence[VisualPart] = (),
-    max_pixels: int | None = None,
-) -> VisualPart:
-    """The picture or video at a path or an address of the web, or what came on stdin; see
-    `engine.frontend.videos.open_visual`."""
-    from qwencli.engine.frontend import videos
-
-    part = named if isinstance(named, StdinPart) else url_part(named)
-    if part is None:
-        path = local_path(Path(str(named)))
-        return videos.open_visual(path, frames, beside, max_pixels=max_pixels)
-    return videos.open_visual(part.read(str(named)), frames, beside, str(named), max_pixels)
-
-
-def open_visual(path: Path, frames: int | None, beside: Sequence[VisualPart] = ()) -> VisualPart:
-    """A picture, or a video; see `engine.frontend.videos.open_visual`.
-
-    Args:
-        beside: what the same request shows already; memory is bounded for all of it together.
-    """
-    from qwencli.engine.frontend import videos
-
-    return videos.open_visual(local_path(path), frames, beside)
-
-
-def open_video(path: Path, frames: int | None, beside: Sequence[VisualPart] = ()) -> VideoPart:
-    """A video, an animation or a folder of frames; see `engine.frontend.videos.open_video`.
-
-    Args:
-        beside: see `open_visual`.
-    """
-    from qwencli.engine.frontend import videos
-
-    return videos.open_video(local_path(path), frames, beside)
