@@ -391,9 +391,10 @@ class ModelRunner:
         if not self.reads_lengths:
             reach = min(reach, 1 << max(longest - 1, 255).bit_length())
         key = self._graph_for(kind, rows, reach, waiting, size, with_logprobs)
-        if key not in self._graphs:
-            self._captured.append(key)
+        known = key in self._graphs
         self._replay(key, lambda: self._advance(*key))
+        if not known:
+            self._captured.append(key)  # not before: another may find the memory
         return key
 
     def _replay(self, key: Hashable, work: Callable[[], None]) -> None:
