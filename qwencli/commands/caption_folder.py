@@ -68,7 +68,7 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
         named = ", ".join(str(each) for each in job.inputs) or "this folder"
         if listing.unmatched:
             raise InputError(
-                f"{named}: no picture or video there is {' or '.join(chosen.glob or ())}",
+                f"{named}: no picture or video there matches {' or '.join(chosen.glob or ())}",
                 "check --glob; a pattern with a slash is of the whole path",
             )
         raise InputError(
