@@ -318,7 +318,7 @@ class _Finished:
         return True
 
     def sample(self, row: Mapping[str, str]) -> bool:
-        """Of gpu.csv or host.csv."""
+        """Whether a row of gpu.csv or host.csv belongs to a run that counts."""
         cell_id, run, at = row["cell_id"], row["run"], float(row["t_s"])
         if run != WARM_UP or cell_id not in self._cut_off:
             return (cell_id, run) in self._runs
