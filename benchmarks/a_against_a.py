@@ -35,7 +35,7 @@ from qwencli.bench.plan.predict import duration, planned_table, predict
 from qwencli.bench.plan.prepare import BenchRequest, prepare
 from qwencli.bench.plan.stopping import RepetitionOptions
 from qwencli.bench.report.campaign_report import build_report
-from qwencli.bench.run.bench_run import INTERRUPTED, worker
+from qwencli.bench.run.bench_run import INTERRUPTED, worker_command_for
 from qwencli.bench.run.campaign import Campaign
 from qwencli.bench.run.campaign_runner import RunnerOptions, run_in_turns
 from qwencli.config import DType, LoadFormat
@@ -126,10 +126,10 @@ def _run(
     sink: Output,
 ) -> None:
     runner = RunnerOptions(
-        command=worker(planted),
+        command=worker_command_for(planted),
         sampler=sampler_command(facts.uuid) if facts.kind == "cuda" else None,
         timeout_s=1800.0,
-        post_run_checks=False,
+        limits=False,
     )
     about = environment(facts, [Path(__file__).name, *sys.argv[1:]], plan.settings.seed)
     with ExitStack() as stack:

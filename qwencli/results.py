@@ -145,7 +145,7 @@ class GenerationResult:
 
     @property
     def text_sha256(self) -> str:
-        """Of all that was said, thoughts included: equal for equal work."""
+        """A digest of all that was said, thoughts included: equal for equal work."""
         return hashlib.sha256(((self.thoughts or "") + self.text).encode()).hexdigest()
 
 

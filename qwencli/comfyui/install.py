@@ -247,7 +247,7 @@ def _pack_version(folder: Path) -> str | None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """Of "0.1.0"; nothing where it is no version."""
+    """The numbers of a version such as "0.1.0"; none where it is no version."""
     found = re.match(r"\d{1,9}(\.\d{1,9}){0,5}", version)
     return tuple(map(int, found[0].split("."))) if found else ()
 

@@ -212,7 +212,7 @@ def bench(
     from qwencli.bench.plan.matrix_file import read_prompt
     from qwencli.bench.plan.prepare import BenchRequest, prepare
     from qwencli.bench.plan.stopping import RepetitionOptions
-    from qwencli.bench.run.bench_run import RunSettings, measure, show_cells
+    from qwencli.bench.run.bench_run import RunSettings, run_bench, show_cells
     from qwencli.bench.run.cooldown import read_cooldown
 
     if api_key is not None:
@@ -266,7 +266,7 @@ def bench(
             show_cells(plan, output, limits=limits)
             return
         folder = out or Path("campaigns") / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-        code = measure(plan, facts, folder, sys.argv[1:], output, settings)
+        code = run_bench(plan, facts, folder, sys.argv[1:], output, settings)
     raise typer.Exit(code)
 
 

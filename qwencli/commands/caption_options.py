@@ -227,7 +227,7 @@ def check_samples(samples: int, sampling: SamplingOptions) -> None:
 
 
 def worker_devices(chosen: FolderOptions, run: RunOptions) -> tuple[str, ...]:
-    """Those of --devices; none where it was not given."""
+    """The devices that --devices names; none where it was not given."""
     from qwencli.dataset.devices import named_devices
 
     if run.is_remote and (chosen.devices or chosen.ray):

@@ -286,7 +286,7 @@ _JSON_TEXT = re.compile(r'"(?:[^"\\]|\\.)*"(:?)')
 
 
 def _as_grammars_have_it(text: re.Match[str]) -> str:
-    """Of what JSON may have as it is, grammars know U+007F by its number, but for names."""
+    """A JSON string with U+007F written as an escape, as grammars want it; names stay."""
     return text[0] if text[1] else text[0].replace("\x7f", "\\u007f")
 
 

@@ -48,8 +48,11 @@ def pieces(keys: Sequence[Hashable], most: int) -> list[list[int]]:
 
 
 class GraphRunner:
-    """They share their memory: they never run at the same time, and what a replay leaves is used
-    before the next one."""
+    """Captures CUDA graphs by key and replays them.
+
+    All share one pool of memory: no two run at the same time, and what a replay leaves is used
+    before the next one.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -421,7 +421,7 @@ class _Lines:
         self._begun = _Bounded()
 
     def push(self, piece: bytes) -> list[str]:
-        """Those that this piece ends; nothing is the end of all.
+        """The lines that this piece completes; an empty piece ends the last one.
 
         Raises:
             MalformedAnswerError: one is longer than `MOST_BYTES`.

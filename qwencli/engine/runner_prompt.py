@@ -46,7 +46,7 @@ class PromptVisual:
     encoding: VisionPass | None = None
 
     def features_of(self, low: int, high: int) -> VisionFeatures:
-        """Those of the prompt's image tokens from `low` to `high` that are its own."""
+        """Features of its image tokens among the prompt's tokens from `low` to `high`."""
         assert self.features is not None, "encoded with the first chunk that needs it"
         own = slice(max(low - self.first, 0), high - self.first)
         layers = self.features.deepstack
@@ -98,7 +98,7 @@ class RunnerPrompt:
         ]
 
     def visuals_of(self, low: int, high: int) -> list[PromptVisual]:
-        """Those that have image tokens from `low` to `high`."""
+        """The pictures and videos that have image tokens from `low` to `high`."""
         return [
             visual
             for visual in self.visuals

@@ -112,7 +112,7 @@ class Checkpoint:
     zero_biases: tuple[StoredTensor, ...]
 
     def size_bytes(self, spec: TensorSpec) -> int:
-        """Of what is stored of a tensor."""
+        """Bytes that the files hold of a tensor."""
         sources = [self.sources[part] for part in spec.parts]
         return sum(
             tensor.size_bytes

@@ -207,7 +207,7 @@ def _check_tensors(
 def _check_unpacked(
     folder: Path, shape: ModelShape, stored: Mapping[str, StoredTensor]
 ) -> ModelShape:
-    """Of a scheme that is not read here: the tensors that no scheme packs."""
+    """Check a checkpoint of a scheme that is not read here: the tensors that no scheme packs."""
     from qwencli.models.checkpoint import as_stored, check_layout, missing_error
     from qwencli.models.tensors import HEAD, canonical_tensors, expected_tensors, is_quantizable
 

@@ -133,7 +133,7 @@ def native_weight_bytes(shape: ModelShape, quantization: Quantization, value_byt
 
 
 def draft_projection_bytes(shape: ModelShape) -> int:
-    """Of the output projection in 4 bits that a head which drafts tokens reads; none without."""
+    """Bytes of the 4-bit output projection of a head that drafts tokens; 0 without one."""
     text = shape.text
     if not text.draft_head:
         return 0

@@ -53,7 +53,7 @@ def cached_bytes(model: Path) -> int:
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    """Of the weight files, and of how they are quantized here.
+    """A fingerprint of the weight files, and of how they are quantized here.
 
     Of each file its size, the times of its last change, its header and samples of its values. The
     time of the last change to the file itself (ctime) cannot be set back, as that of its content

@@ -178,7 +178,7 @@ def _text(config: Mapping[str, Any], family: Family, where: str) -> TextShape:
 
 
 def _mtp_layers(values: Mapping[str, Any], where: str) -> int:
-    """Of the head that drafts tokens; a model that was saved without its own may say 0."""
+    """Layers of the head that drafts tokens; a model that was saved without it may say 0."""
     key = "mtp_num_hidden_layers"
     if values.get(key) in (None, 0):
         return 0

@@ -207,7 +207,7 @@ class TextShape:
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
-        """Those that keep keys and values."""
+        """Layers that keep keys and values."""
         return tuple(i for i in range(self.num_layers) if self.mixer(i) == "attention")
 
     @property
@@ -217,12 +217,12 @@ class TextShape:
 
     @property
     def kv_layers(self) -> tuple[int, ...]:
-        """Those that keep keys and values, that of a head that drafts tokens included."""
+        """Layers that keep keys and values, that of a head that drafts tokens included."""
         return (*self.attention_layers, *([self.draft_layer] if self.draft_head else []))
 
     @property
     def delta_layers(self) -> tuple[int, ...]:
-        """Those that keep a state of one size."""
+        """Layers that keep a recurrent state, whose size does not grow."""
         return tuple(i for i in range(self.num_layers) if self.mixer(i) == "delta")
 
     @property

@@ -58,7 +58,7 @@ class Part:
 
     @property
     def rows(self) -> int:
-        """Of the matrix, or values of the vector, that it is kept as."""
+        """Rows of the matrix, or values of the vector, that it is kept as."""
         return self.shape[0] * self.shape[1] if self.stacked else self.shape[0]
 
     @property

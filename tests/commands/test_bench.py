@@ -157,7 +157,7 @@ def test_a_campaign_from_command_line_to_table(tmp_path):
 
 def test_the_flag_that_was_called_plant_still_works(monkeypatch):
     seen = []
-    monkeypatch.setattr(session, "measure", lambda *given: seen.append(given[-1]) or 0)
+    monkeypatch.setattr(session, "run_bench", lambda *given: seen.append(given[-1]) or 0)
     for arguments in (["--plant", "3"], ["--inject-slowdown", "3"]):
         result = CliRunner().invoke(app, ["bench", *arguments])
         assert result.stderr.count("--plant is now called --inject-slowdown") == (

@@ -126,7 +126,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Of a cell.
+    """What is usual in a cell.
 
     Args:
         token: None where no run has two tokens.
@@ -146,8 +146,8 @@ class Baseline:
 
 
 def baseline(records: Sequence[RunRecord]) -> Baseline:
-    """Of the measured runs of one cell (not empty). Where they differ so much that none is usual,
-    the faster half says what is."""
+    """What is usual in the measured runs of one cell (not empty). Where they differ so much that
+    none is usual, the faster half says what is."""
     everything, records = records, faster_half(records, "decode_s")
     samples = [sample for record in records for sample in record.gpu]
     decodes = [moment for record in records if (moment := record.interval("decode"))]

@@ -51,7 +51,7 @@ class SlowPhase:
 
 
 def slow_phases(records: Sequence[RunRecord]) -> list[SlowPhase]:
-    """Of the measured runs of one cell; [] for fewer than MIN_RUNS."""
+    """The slow phases of the measured runs of one cell; [] for fewer than MIN_RUNS."""
     found = []
     for scope, column, least_share in PHASES:
         known = [record for record in records if column in record.figures]

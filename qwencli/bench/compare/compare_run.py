@@ -18,7 +18,7 @@ from qwencli.bench.plan.environment import environment
 from qwencli.bench.plan.prepare import BenchRequest, prepare
 from qwencli.bench.plan.stopping import RepetitionOptions
 from qwencli.bench.report.campaign_report import build_report
-from qwencli.bench.run.bench_run import say_how_long, worker
+from qwencli.bench.run.bench_run import say_how_long, worker_command_for
 from qwencli.bench.run.campaign import Campaign
 from qwencli.bench.run.campaign_progress import show_progress
 from qwencli.bench.run.campaign_runner import RunnerOptions, run_in_turns
@@ -61,10 +61,10 @@ def run_sides(
             "give two matrices with as many cells, in the same order",
         )
     options = RunnerOptions(
-        command=command or worker(None),
+        command=command or worker_command_for(None),
         sampler=sampler_command(facts.uuid) if facts.kind == "cuda" else None,
         timeout_s=TIMEOUT_S,
-        post_run_checks=False,
+        limits=False,
     )
     about = environment(facts, arguments, request.seed)
     about[IN_TURNS] = f"{time.time_ns():x}"
@@ -78,7 +78,7 @@ def run_sides(
         ]
         output.notice(f"campaigns in {sides[0]} and {sides[1]}")
         plans = [campaign.plan for campaign in campaigns]
-        predicted_s = say_how_long(plans, HOW_LESS, output, limits=options.post_run_checks)
+        predicted_s = say_how_long(plans, HOW_LESS, output, limits=options.limits)
         with show_progress(output) as moved:
             run_in_turns(campaigns, options, output.notice, moved=moved, predicted_s=predicted_s)
     for side in sides:

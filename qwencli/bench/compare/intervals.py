@@ -61,7 +61,7 @@ Processes = Sequence[Sequence[float]]
 
 
 def paired_interval(a: Sequence[float], b: Sequence[float], confidence: float) -> Interval:
-    """Of the ratio b / a; without end where so few pairs cannot have that confidence.
+    """The interval of the ratio b / a; without end where so few pairs cannot have that confidence.
 
     Args:
         a, b: values above zero, as many of each, `a[i]` and `b[i]` neighbours in time.
@@ -114,7 +114,8 @@ UNKNOWN = Prior(0.05, 3)
 
 @dataclass(frozen=True)
 class Intervals:
-    """Of the ratio B / A of speeds: one to call it the same, a wider one to call it a change.
+    """Two intervals of the ratio B / A of speeds: to call it the same, and a wider one to call it
+    a change.
 
     Args:
         few: the sides have one process each, so that what processes differ by was not seen here.

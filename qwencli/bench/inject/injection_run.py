@@ -70,10 +70,10 @@ def inject(
     check_names(injection.names)
     plan, facts = prepare(request)
     command = python_command("qwencli.bench.inject.injection_worker")
-    return measure(plan, facts, injection, folder, arguments, output, command)
+    return run_injection(plan, facts, injection, folder, arguments, output, command)
 
 
-def measure(
+def run_injection(
     plan: Plan,
     facts: DeviceFacts,
     injection: Injection,

@@ -27,7 +27,7 @@ _OBJECTS = 12_000
 
 
 class CpuCalibration(NamedTuple):
-    """Of the calling thread's core at one moment, in microseconds."""
+    """How fast the calling thread's core was at one moment, in microseconds."""
 
     cpu_loop_us: float
     pointer_chase_us: float

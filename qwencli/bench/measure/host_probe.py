@@ -231,7 +231,7 @@ class TokenProbe:
         )
 
     def cpu_calibration(self) -> dict[str, float]:
-        """Of the run: means of what was measured within it and at its end."""
+        """The run's means of what was measured within it and at its end."""
         means = CpuCalibration(
             *(statistics.fmean(values) for values in zip(*self._calibrations, strict=True))
         )

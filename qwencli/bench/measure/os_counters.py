@@ -122,7 +122,7 @@ class ThreadTimes:
 
 
 def _times(threads: Iterable[int] | None = None) -> list[ThreadTimes]:
-    """Of these threads, or of all; those that have ended are left out."""
+    """How long these threads, or all, have run; those that have ended are left out."""
     if not _TASKS.is_dir():
         return []
     if threads is None:
@@ -282,7 +282,7 @@ def _throttled_ms(text: bytes) -> float | None:
 
 
 def _stalled_ms(text: bytes) -> float | None:
-    """Of the line "some avg10=0.00 avg60=0.00 avg300=0.00 total=81094411" (us)."""
+    """Milliseconds, from the line "some avg10=0.00 avg60=0.00 avg300=0.00 total=81094411" (us)."""
     for line in text.splitlines():
         if line.startswith(b"some "):
             return int(line.rpartition(b"=")[2]) / 1e3

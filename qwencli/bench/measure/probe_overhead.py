@@ -72,7 +72,7 @@ def _turn(run: int) -> int:
 
 
 def pairs(itl_ms: Sequence[float], run: int) -> list[Pair]:
-    """Of a run that `drain_in_turns` made.
+    """Neighbouring stretches with the probe on and off, of a run by `drain_in_turns`.
 
     Args:
         itl_ms: time from token i to token i + 1; what the probe does at token i is in it.

@@ -83,7 +83,7 @@ FORMULA = (
 
 @dataclass(frozen=True)
 class MachineSpeed:
-    """Of this machine, as `python -m qwencli.engine.instruments.machine_speed` measured it.
+    """This machine, as `python -m qwencli.engine.instruments.machine_speed` measured it.
 
     Args:
         read_bandwidth: of a buffer beyond any cache; by_size: of smaller ones, ascending.
@@ -96,15 +96,15 @@ class MachineSpeed:
     by_size: Sequence[tuple[int, float]] = ()
 
     def bandwidth(self, read_bytes: float) -> float:
-        """Of reading so much over and over: of the smallest buffer measured that is no smaller, as
-        what fits into caches is read faster."""
+        """Bytes a second of reading so much over and over: that of the smallest buffer measured
+        that is no smaller, as what fits into caches is read faster."""
         fitting = (rate for size, rate in self.by_size if size >= read_bytes)
         return next(fitting, self.read_bandwidth)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one cell; None where the model's shape or the scheme's storage is not known here."""
+    """What one cell will take; None where the model's shape or the scheme's storage is unknown."""
 
     tok_per_s: float | None
     seconds: float | None

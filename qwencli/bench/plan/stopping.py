@@ -99,7 +99,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class TurnRule:
-    """A `StopRule` up to the end of one process; `own_runs` is the least each process makes."""
+    """A `StopRule` up to the end of one process.
+
+    A cell's processes take turns with those of other cells: turn 2 is the second process of each.
+    `own_runs` is the least that each process makes.
+    """
 
     own_runs: int
     min_runs: int

@@ -100,7 +100,7 @@ class CellRows:
         return [row for row in self.runs if row["status"] == "ok"]
 
     def numbers(self, column: str) -> list[float]:
-        """Of the measured runs; runs without a figure are left out."""
+        """A column's figures in the measured runs; runs without one are left out."""
         return [float(row[column]) for row in self.measured if row.get(column)]
 
     def median(self, column: str) -> float | None:

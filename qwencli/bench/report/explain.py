@@ -102,7 +102,7 @@ def _of_cells(rows: _Rows) -> Iterator[Explained]:
 
 
 def _speeds(rows: _Rows) -> dict[str, float]:
-    """Of the cells that have one to quote: others' medians tell nothing of their modes."""
+    """Median speeds by cell_id, where they may be quoted: others tell nothing of their modes."""
     return {
         cell["cell_id"]: float(cell["decode_tok_per_s_median"])
         for cell in rows.cells

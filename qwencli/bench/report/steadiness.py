@@ -116,7 +116,7 @@ def _squares(values: Sequence[float], centre: float) -> float:
 
 @dataclass(frozen=True)
 class Steadiness:
-    """Of one cell; speeds are decode tokens per second of measured runs.
+    """How steady one cell was; speeds are decode tokens per second of measured runs.
 
     `first_runs` and `stationarity` are of its longest process (of `longest` runs), because both
     are about the order of runs within one. `shares` are of inter-token latencies (ms) of all its

@@ -61,7 +61,7 @@ class DetailTable:
         return "; ".join([self.lead, *said] if self.lead else said)
 
     def rows(self, rows: Sequence[CellRow]) -> list[CellRow]:
-        """Those with anything to show."""
+        """The rows with anything to show in this table."""
         return [row for row in rows if any(c.show(row) != NOTHING for c in self.columns)]
 
 

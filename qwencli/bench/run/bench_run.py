@@ -66,7 +66,7 @@ def show_cells(plan: Plan, output: Output, *, limits: bool = True) -> None:
     output.show(planned_table(plan.order(), found))
 
 
-def measure(
+def run_bench(
     plan: Plan,
     facts: DeviceFacts,
     folder: Path,
@@ -84,12 +84,12 @@ def measure(
         command: the worker process; empty = the real one.
     """
     options = RunnerOptions(
-        command=command or worker(settings.slowdown_percent),
+        command=command or worker_command_for(settings.slowdown_percent),
         sampler=sampler_command(facts.uuid) if facts.kind == "cuda" else None,
         timeout_s=settings.timeout_s,
         cooldown=settings.cooldown,
         continue_on_error=settings.continue_on_error,
-        post_run_checks=settings.limits,
+        limits=settings.limits,
     )
     _fetch_models(plan, output)
     interrupted = False
@@ -180,7 +180,7 @@ def say_how_long(
     return {cell: seconds for cells_s in found for cell, seconds in cells_s.items()}
 
 
-def worker(slowdown_percent: float | None) -> list[str]:
+def worker_command_for(slowdown_percent: float | None) -> list[str]:
     """The command of a worker process, one that slows tokens down on purpose if asked to."""
     if slowdown_percent is None:
         return worker_command()

@@ -51,8 +51,8 @@ WARM_UP = "0"
 _APART_S = 0.5
 LOGS = "logs"
 OTHER_WRITER = "wait for it to end, or stop it; --resume goes on then"
-# Measured once a cell, after its runs: file -> columns.
-BESIDE = {"roofline": columns.ROOFLINE, "quality": columns.QUALITY}
+# Measured once a cell, after its runs: name of the file -> its columns.
+CHECKS = {"roofline": columns.ROOFLINE, "quality": columns.QUALITY}
 
 
 class Campaign:
@@ -146,14 +146,14 @@ class Campaign:
             self.repaired += keep_rows(self.folder / name, names, wanted)
 
         self._references = {row["model"] for row in stored.rows(REFERENCE)}
-        self._has_beside = {
-            (row["cell_id"], name) for name in BESIDE for row in stored.rows(f"{name}.csv")
+        self._checked = {
+            (row["cell_id"], name) for name in CHECKS for row in stored.rows(f"{name}.csv")
         }
         # Limits are measured after the probes' A/B: without them that was cut off.
         self.repaired += keep_rows(
             self.folder / PROBES,
             columns.PROBES,
-            lambda row: (row["cell_id"], "roofline") in self._has_beside,
+            lambda row: (row["cell_id"], "roofline") in self._checked,
         )
 
     def __enter__(self) -> Self:
@@ -164,16 +164,16 @@ class Campaign:
                 stack.enter_context(RowFile(self.folder / name, names)) for name, names in _OF_RUNS
             )
             self._probes = stack.enter_context(RowFile(self.folder / PROBES, columns.PROBES))
-            self._beside = {
+            self._checks = {
                 name: stack.enter_context(RowFile(beside_path(self.folder, name), names))
-                for name, names in BESIDE.items()
+                for name, names in CHECKS.items()
             }
             self._reference = stack.enter_context(
                 RowFile(self.folder / REFERENCE, columns.REFERENCE)
             )
             self._files = stack.pop_all()
         of_runs = (self._runs, self._tokens, self._gpu, self._host)
-        files = (*of_runs, self._probes, self._reference, *self._beside.values())
+        files = (*of_runs, self._probes, self._reference, *self._checks.values())
         self.repaired += sum(file.repaired_lines for file in files)
         return self
 
@@ -218,12 +218,12 @@ class Campaign:
         process = len(self._note(row).process_runs)
         self._runs.append([{**row, "process": process}])
 
-    def add_beside(self, cell: BenchCell, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def add_checks(self, cell: BenchCell, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Store what a worker measured after the cell's runs."""
         process = len(self.progress(cell).process_runs)
         key = {"cell_id": cell.cell_id, "process": process}
-        self._beside[name].append({**key, **row} for row in rows)
-        self._has_beside.add((cell.cell_id, name))
+        self._checks[name].append({**key, **row} for row in rows)
+        self._checked.add((cell.cell_id, name))
 
     def add_reference(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Store the reference of model `name`, as a whole or not at all."""
@@ -242,10 +242,10 @@ class Campaign:
         return self.folder / REFERENCE if name in self._references else None
 
     def has_checks(self, cell: BenchCell, name: str) -> bool:
-        return (cell.cell_id, name) in self._has_beside
+        return (cell.cell_id, name) in self._checked
 
     def missing_checks(self, cell: BenchCell, *, limits: bool) -> list[str]:
-        """What of BESIDE was asked for and is not there, of a cell whose runs did not fail.
+        """Which of `CHECKS` were asked for and are not there, of a cell whose runs did not fail.
 
         Args:
             limits: whether the machine's limits, and what probes cost, were asked for.
@@ -253,7 +253,7 @@ class Campaign:
         if cell.cell_id in self._ended or cell.skip_reason:
             return []
         asked = {"roofline": limits, "quality": self.plan.wants_quality(cell.model)}
-        return [name for name in BESIDE if asked[name] and not self.has_checks(cell, name)]
+        return [name for name in CHECKS if asked[name] and not self.has_checks(cell, name)]
 
     def cut_off(self, *, limits: bool) -> list[BenchCell]:
         """Cells with all their runs that lack something of what was to be measured after them."""
@@ -318,7 +318,7 @@ class _Finished:
         return True
 
     def sample(self, row: Mapping[str, str]) -> bool:
-        """Of gpu.csv or host.csv."""
+        """Whether a row of gpu.csv or host.csv belongs to a run that counts."""
         cell_id, run, at = row["cell_id"], row["run"], float(row["t_s"])
         if run != WARM_UP or cell_id not in self._cut_off:
             return (cell_id, run) in self._runs

@@ -43,7 +43,7 @@ class RunnerOptions:
         cooldown: before each process but the first.
         continue_on_error: a cell that fails is a row and the others run; off, the campaign ends
             after that row, and can be resumed.
-        post_run_checks: measure limits, and what probes cost, after the runs.
+        limits: measure limits, and what probes cost, after the runs.
     """
 
     command: Sequence[str]
@@ -51,7 +51,7 @@ class RunnerOptions:
     timeout_s: float
     cooldown: Cooldown = NO_PAUSE
     continue_on_error: bool = True
-    post_run_checks: bool = True
+    limits: bool = True
 
 
 def run_campaign(
@@ -246,7 +246,7 @@ class _PlannedProcess:
     def is_needed(self, campaign: Campaign, options: RunnerOptions) -> bool:
         turn = campaign.next_turn(self.cell)
         if turn is None:  # all runs are there; what follows them may not be
-            missing = campaign.missing_checks(self.cell, limits=options.post_run_checks)
+            missing = campaign.missing_checks(self.cell, limits=options.limits)
             return self.turn == campaign.plan.settings.stop.processes and bool(missing)
         return turn <= self.turn
 
@@ -307,7 +307,7 @@ def _run_process(
     checked = campaign.has_checks(cell, "quality")
     work = replace(
         work,
-        roofline=options.post_run_checks and not campaign.has_checks(cell, "roofline"),
+        roofline=options.limits and not campaign.has_checks(cell, "roofline"),
         quality_samples=0 if checked else work.quality_samples,
         reference=None if checked else campaign.reference(cell.model),
         purpose="post_run_checks" if campaign.next_turn(cell) is None else "runs",
@@ -320,7 +320,7 @@ def _run_process(
     with WorkerProcess(options.command, spec, log, timeout_s, progress.tick) as worker:
         for message in worker.messages():
             if message["type"] == "rows":
-                campaign.add_beside(cell, message["file"], message["rows"])
+                campaign.add_checks(cell, message["file"], message["rows"])
                 continue
             if message["type"] == "sampler":
                 telemetry.switch(on=message["on"])
@@ -375,10 +375,10 @@ def _note_missing(
     if ending.status in _TRY_AGAIN:
         return
     model = cell.model
-    for name in campaign.missing_checks(cell, limits=options.post_run_checks):
+    for name in campaign.missing_checks(cell, limits=options.limits):
         reason = ending.reason
         if name == "quality" and campaign.plan.wants_reference(model):
             if campaign.reference(model) is None and not campaign.was_reference_tried(model):
                 continue
             reason = reason or "there is no reference of the model"
-        campaign.add_beside(cell, name, [{"reason": reason or "the worker gave no figures"}])
+        campaign.add_checks(cell, name, [{"reason": reason or "the worker gave no figures"}])

@@ -170,7 +170,7 @@ def _measure_all(
             return
         probe = TokenProbe(_device_here(engine))
         # Run 0 pays for lazy start-up, is recorded, and counts in no statistic.
-        message = measure(engine, request, 0, probe, fresh=True)
+        message = measure_run(engine, request, 0, probe, fresh=True)
         if kernels is not None:
             kernels.close()  # what it costs would be in the runs that count
         runs_left = spec.purpose == "runs"
@@ -184,7 +184,7 @@ def _measure_all(
                 engine.close()
                 engine.load()
             fresh = prepare(run) or reload
-            message = measure(engine, request, run, probe, fresh=fresh)
+            message = measure_run(engine, request, run, probe, fresh=fresh)
             yield message
             progress = progress.plus(message["row"])
         remote = spec.config.engine is EngineName.REMOTE
@@ -232,7 +232,7 @@ def build_request(spec: WorkerSpec) -> GenerationRequest:
     )
 
 
-def measure(
+def measure_run(
     engine: Engine, request: GenerationRequest, run: int, probe: TokenProbe, *, fresh: bool
 ) -> dict[str, Any]:
     """One run as a message: its row, its tokens, what the host did, and its span on the clock (s).

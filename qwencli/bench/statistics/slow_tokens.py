@@ -84,7 +84,7 @@ class Gap:
 
 
 def typical_token(runs: Iterable[Sequence[float]]) -> TypicalToken | None:
-    """Of a cell; None where no run has two tokens.
+    """The usual token of a cell; None where no run has two tokens.
 
     Args:
         runs: inter-token latencies (ms) of each run.

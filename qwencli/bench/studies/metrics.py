@@ -42,7 +42,7 @@ def _prompt_s(row: Row) -> float:
 
 
 def _processor_share(row: Row) -> float:
-    """Of the run as it would be with that processor in place of ours."""
+    """That processor's share of the run, were it in place of ours."""
     slow = float(row["processor_s"])
     return slow / (_of(row, "e2e_s") - _of(row, "preprocess_s") + slow)
 

@@ -96,7 +96,8 @@ def _speed_cells(rows: Sequence[Row] | None) -> list[str]:
 
 
 def series(evidence: Evidence) -> Iterator[Series]:
-    """Of each engine that was also loaded anew; without the stretches after the rounds."""
+    """The runs, kept loaded and loaded anew, of each engine that has both; without the stretches
+    after the rounds."""
     for name in evidence.processes():
         if not evidence.runs(name, RELOAD):
             continue

@@ -111,7 +111,7 @@ class Evidence:
         self._failures: dict[tuple[str, str], str] = {}
 
     def processes(self) -> list[str]:
-        """Those that have begun, in the order of the plan."""
+        """Names of the processes that have begun, in the order of the plan."""
         names = (process["name"] for process in self.document["processes"])
         return [name for name in names if (process_folder(self.folder, name) / PLAN).exists()]
 
@@ -143,11 +143,11 @@ class Evidence:
         return self._runs[process]
 
     def runs(self, process: str, condition: str) -> list[Row]:
-        """Those under one condition."""
+        """Measured runs of a process under one condition."""
         return self.conditions(process).get(condition, [])
 
     def in_rounds(self, process: str, condition: str) -> list[Row]:
-        """Those under one condition, without the stretches after the rounds."""
+        """The same, without the stretches after the rounds."""
         return [row for row in self.runs(process, condition) if row[ROUND] != STRETCH]
 
     def warm_ups(self, process: str) -> list[Row]:
@@ -246,7 +246,7 @@ class Evidence:
         return list(table.get(condition, {}).values()), list(table.get(base, {}).values())
 
     def verdicts(self) -> list[ClaimVerdict]:
-        """Of every claim of the study, in their order."""
+        """The verdict on every claim of the study, in their order."""
         return [self._verdict(study) for study in self.studies]
 
     def _verdict(self, study: Study) -> ClaimVerdict:

@@ -75,7 +75,7 @@ class PreparedStudy:
 
     @property
     def processes(self) -> list[Process]:
-        """Those that this study makes: of its part."""
+        """The processes that this study makes: those of its part."""
         return part_of(self.layout.processes, self.request.part, self.request.parts)
 
     def document(self) -> dict[str, Any]:

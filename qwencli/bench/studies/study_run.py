@@ -175,7 +175,7 @@ def _run_process(
         command=[*command, str(own)],
         sampler=sampler_command(facts.uuid) if facts.kind == "cuda" else None,
         timeout_s=study.request.timeout_s,
-        post_run_checks=False,
+        limits=False,
     )
     there = (own / PLAN).exists()
     if there:

@@ -59,7 +59,7 @@ class PrefixCache:
         self.cache.truncate(len(self._keys))
 
     def remember(self, keys: Sequence[Key]) -> None:
-        """These slots are now written, from the first on."""
+        """Note the keys of the slots that are now written, from the first slot on."""
         self._keys = list(keys)
         self.cache.truncate(len(self._keys))
 
@@ -131,7 +131,7 @@ class PictureKeys:
 
     @functools.cached_property
     def glimpses(self) -> list[Hashable]:
-        """Of a few pixels of each: unequal ones are of unequal pictures."""
+        """A key made of a few pixels of each picture: unequal keys mean unequal pictures."""
         if self._prompt.inputs is None:
             return []
         return [
@@ -174,7 +174,7 @@ def _digest(visual: Visual, frames: Sequence[Image]) -> bytes:
 
 
 def _digest_of(pixels: npt.NDArray[Any]) -> bytes:
-    """Of some rows of a picture [rows, width, 3 or 4]."""
+    """The digest of some rows of a picture [rows, width, 3 or 4]."""
     if pixels.shape[-1] == 4:  # of which the fourth is whatever it happens to be
         pixels = pixels.view("<u4") & 0xFFFFFF
     return hashlib.sha256(np.ascontiguousarray(pixels).data).digest()

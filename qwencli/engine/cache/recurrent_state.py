@@ -61,7 +61,7 @@ class RecurrentStates:
             )
 
     def updates(self, rows: int, tokens: int) -> DeltaUpdates:
-        """Of all layers, where a step that checks so many tokens of each row leaves them."""
+        """The buffers, of all layers, for a step that checks `tokens` tokens of each row."""
         assert self._updates is not None, "made for steps of one token a row"
         return self._updates.shaped(rows, tokens)
 

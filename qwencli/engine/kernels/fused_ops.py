@@ -397,8 +397,11 @@ class FusedOps:
     def lm_head_rows(
         self, hidden: Tensor, norm: RMSNorm, head: Matrix, rows: RowBuffers, with_penalty: bool
     ) -> None:
-        """Of one row the product penalises what was seen; of several it has one row's for all, and
-        looks for the likeliest only where there is none."""
+        """Choose the likeliest token of each row.
+
+        The product applies the repetition penalty of a lone row itself. It has one row's buffer of
+        seen tokens, so several rows with a penalty are chosen from their logits.
+        """
         if len(hidden) > 1 and with_penalty:
             self.choose_likeliest(self.norm_head(hidden, norm, head), rows, with_penalty)
             return

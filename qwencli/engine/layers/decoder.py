@@ -76,7 +76,7 @@ class Decoder:
 
     @property
     def quantized_matrices(self) -> list[QuantizedTensor]:
-        """Of all layers, and the head, each once."""
+        """The quantized matrices of all layers and of the head, each once."""
         layers = [part for layer in self.layers for part in vars(layer).values()]
         found = [part for part in (*layers, self.head) if isinstance(part, QuantizedTensor)]
         return list({id(part): part for part in found}.values())

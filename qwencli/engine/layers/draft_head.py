@@ -77,7 +77,7 @@ class DraftHead:
 
     @property
     def quantized_matrices(self) -> list[QuantizedTensor]:
-        """Of its layer."""
+        """The quantized matrices of its layer."""
         own = self.layer.qkv, self.layer.o, self.layer.gate_up, self.layer.down
         return [part for part in own if isinstance(part, QuantizedTensor)]
 
@@ -92,7 +92,7 @@ class DraftHead:
         return run_layer(self.layer, torch.mm(torch.cat(parts, 1), self._fc), step)
 
     def logits(self, out: Tensor, ops: DecoderOps) -> Tensor:
-        """Of what `forward` made [N, hidden]: [N, V], of the tokens that it guesses."""
+        """Logits [N, V] of the drafted tokens, from what `forward` made [N, hidden]."""
         return ops.norm_head(out, self.norm, self._projection)
 
 

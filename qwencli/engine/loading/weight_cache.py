@@ -142,7 +142,7 @@ def open_cache(file: Path, fingerprint: str, names: Collection[str]) -> CachedMa
 
 
 def _digest(metadata: Mapping[str, str], entries: Mapping[str, list[Any]]) -> str:
-    """Of all that a header says: `metadata`, and each tensor's type, shape and place."""
+    """A digest of what a header says: `metadata`, and each tensor's type, shape and place."""
     said = json.dumps([metadata, entries], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()
 
@@ -302,7 +302,7 @@ class BackgroundWriter:
 
 
 def checksum(tensor: torch.Tensor) -> str:
-    """Of a tensor's bytes and their order, the same on every device. Waits for a GPU."""
+    """A checksum of a tensor's bytes, the same on every device. Waits for a GPU."""
     sums = ByteSums()
     sums.add(tensor.contiguous().view(-1).view(torch.uint8))
     return sums.digest()

@@ -401,7 +401,7 @@ class _Loading:
         return len(self._stored(spec)) == len(spec.parts)
 
     def size_bytes(self, spec: TensorSpec) -> int:
-        """Of a tensor on the device."""
+        """Bytes that a tensor takes on the device."""
         sources = [self._sources[part] for part in spec.parts]
         return math.prod(spec.shape) * self._dtype_of(spec, sources).itemsize
 

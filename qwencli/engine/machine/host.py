@@ -89,7 +89,7 @@ class GpuMemory(NamedTuple):
 
 
 def gpu_memory() -> GpuMemory | None:
-    """Of the NVIDIA GPU that has most free; None without one, or without a driver."""
+    """The memory of the NVIDIA GPU with most of it free; None without a GPU or a driver."""
 
     def most_free(nvml: Any) -> GpuMemory | None:
         told = map(nvml.nvmlDeviceGetMemoryInfo, _gpus(nvml))

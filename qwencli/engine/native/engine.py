@@ -403,7 +403,7 @@ class NativeEngine(BaseEngine):
         return WarmedKernels(folder, ready, compiled, seconds, tuple(warnings))
 
     def _kernels(self, cache: Cache, lacks: Lacks, is_packed: bool = False) -> Kernels:
-        """Those asked for, which `check_modes` has not refused, or the fastest.
+        """The kernels asked for, which `check_modes` has not refused, or the fastest.
 
         Args:
             is_packed: whether the checkpoint is quantized already.

@@ -233,9 +233,11 @@ def vision_bytes(shape: ModelShape, images: int) -> int:
 
 
 def _graph_bytes(shape: ModelShape, sizes: GraphSizes, tokens: int, dequantize: int) -> int:
-    """Of the graphs of prompts of up to so many tokens and of pictures, bfloat16, which share their
-    memory; and of what is put in for them: hidden states and what DeepStack adds to them, patches
-    with their positions and angles, and what is made of those."""
+    """Bytes of the CUDA graphs of prompts of up to `tokens` tokens and of pictures, in bfloat16.
+
+    They share their working memory. Beside it lie their inputs and results: hidden states and what
+    DeepStack adds to them, patches with their positions and angles, and features.
+    """
     tokens, tower = min(tokens, sizes.tokens), shape.vision
     prompt = prefill_peak_bytes(shape, tokens) + dequantize
     hidden = tokens * shape.text.hidden_size * 2

@@ -537,7 +537,7 @@ class QwenModel:
 
     @property
     def _num_layers(self) -> int:
-        """Those of a head that drafts tokens included."""
+        """Decoder layers, and that of the head that drafts tokens."""
         return len(self.decoder.layers) + (self.draft_head is not None)
 
     def _step_rope(self, positions: torch.Tensor) -> Sequence[CosSin]:

@@ -190,7 +190,7 @@ class _Buffers:
             result[: len(made)].copy_(made)
 
     def copied(self, tokens: int) -> VisionFeatures:
-        """Those of a picture: the next one's come to the same place, and padding is nobody's."""
+        """A copy of one picture's features, without padding: the next picture overwrites them."""
         embeds, *deepstack = (result[:tokens].clone() for result in self._results)
         return VisionFeatures(embeds, tuple(deepstack))
 

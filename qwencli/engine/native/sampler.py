@@ -103,8 +103,8 @@ class LogprobBuffers:
     def note(
         self, logits: torch.Tensor, chosen: torch.Tensor, places: torch.Tensor | None = None
     ) -> None:
-        """Of tokens `chosen` [n] from `logits` [n, V], which belong to the first rows, or to those
-        at `places` [n]."""
+        """Store log-probabilities of the tokens `chosen` [n] from `logits` [n, V], and of the
+        likeliest ones, for the first rows or for those at `places` [n]."""
         scores = logits.float()
         total = scores.logsumexp(dim=-1, keepdim=True)
         top, ids = scores.topk(self.ids.shape[1], dim=-1)
@@ -118,7 +118,7 @@ class LogprobBuffers:
             self.ids.index_copy_(0, places, ids)
 
     def copied(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those of the first rows, on their way to the host."""
+        """Log-probabilities and ids of the first rows, on their way to the host."""
         cuda = self.ids.device.type == "cuda"
         logprobs, ids = (
             torch.empty(part.shape, dtype=part.dtype, pin_memory=cuda).copy_(

@@ -76,7 +76,7 @@ def norm_head(hidden: Tensor, norm: RMSNorm, head: Matrix) -> Tensor:
 
 
 def seen_slots(pages: DecodePages | PackedPrompts) -> Sequence[Tensor]:
-    """Of each token of a step or of prompts side by side: the pool's slots of what it sees, itself
+    """The pool's slots that each token of a step, or of prompts side by side, attends to, its own
     included."""
     assert pages.tables is not None, "the runner gives prompts theirs"
     if isinstance(pages, DecodePages):

@@ -589,7 +589,7 @@ def prompt_ops(step: DecoderOps) -> DecoderOps:
 
 
 def _dequantized_products(step: DecoderOps) -> Products:
-    """Of plain torch, with the matrices dequantized as `step` does it."""
+    """Products in plain torch, with the matrices dequantized as `step` does it."""
     return Products(
         norm_qkv=functools.partial(norm_qkv, dequantize=step.dequantize),
         o_residual=functools.partial(o_residual, dequantize=step.dequantize),

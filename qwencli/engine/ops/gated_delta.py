@@ -134,7 +134,7 @@ class DeltaUpdates:
         values: tuple[int, int],
         device: torch.device,
     ) -> DeltaUpdates:
-        """Of all layers.
+        """Buffers for the updates of all layers.
 
         Args:
             keys, values: heads, and the dimensions of each.
@@ -146,7 +146,7 @@ class DeltaUpdates:
         return cls(buffer(*keys), buffer(*values), buffer(values[0]))
 
     def shaped(self, rows: int, tokens: int) -> DeltaUpdates:
-        """Those of a step of other sides, of no more tokens in all, in the same memory."""
+        """The same memory as updates of `rows` rows of `tokens` tokens, no more in all."""
         layers, most = self.g.shape[0], self.g.shape[1] * self.g.shape[2]
         assert rows * tokens <= most, "the buffers are for so many tokens"
 

@@ -74,7 +74,7 @@ class Rope:
         return cos, sin
 
     def step_by_layer(self, positions: torch.Tensor, gains: torch.Tensor) -> Sequence[CosSin]:
-        """Those of `step` times what each layer's heads are multiplied with, [B, S, heads, D].
+        """`step` for each layer, times the gains of its query and key norms: [B, S, heads, D].
 
         Args:
             gains: `gains_of_halves`, [2, layers, heads, D].

@@ -128,7 +128,7 @@ class QuantizedTensor:
 
     @property
     def bits(self) -> int:
-        """Of a value."""
+        """Bits of a stored value."""
         return 4 if self.scheme in IN_NIBBLES else 8
 
     @property

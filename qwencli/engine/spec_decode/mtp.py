@@ -180,7 +180,7 @@ class DrawnDrafts:
 
     @property
     def proposal(self) -> Candidates | None:
-        """Of all drafts, [R, drafts, C]; None where there are none."""
+        """The candidates that all drafts were drawn from, [R, drafts, C]; None without drafts."""
         if not self._drawn_from:
             return None
         parts = [(each.ids, each.weights) for each in self._drawn_from]

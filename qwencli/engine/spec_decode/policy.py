@@ -84,8 +84,8 @@ class Acceptance:
         self._matched = self._tried = 0.0
 
     def learn(self, size: int, num_matched: int) -> None:
-        """Of a step of `size` tokens `num_matched` drafts in a row were right; a plain step looks
-        at one."""
+        """Note that the first `num_matched` drafts of a step of `size` tokens were right; a plain
+        step checks one."""
         if size == 1 and not self._looks:
             self._matched, self._tried = FORGET * self._matched, FORGET * self._tried
             return
@@ -201,7 +201,7 @@ class BatchDraftPolicy:
         self._budget = SpeculationBudget(least=-MAX_BUDGET)
 
     def new_text(self) -> Acceptance:
-        """Of a text that begins."""
+        """The acceptance of a text that begins."""
         return Acceptance(self._looks)
 
     def next(self, rows: int, texts: Sequence[Acceptance]) -> int:

@@ -124,7 +124,7 @@ def test_the_script_compares_what_it_made(
 ):
     plan = make_plan("steady-a", "steady-b", "steady-c", runs=3)
     monkeypatch.setattr(a_against_a, "prepare", lambda request: (plan, cpu))
-    monkeypatch.setattr(a_against_a, "worker", lambda percent: fake_worker)
+    monkeypatch.setattr(a_against_a, "worker_command_for", lambda percent: fake_worker)
     words = ["a_against_a", "--out", str(tmp_path), "--planted", "3", "--planted-cells", "2"]
     monkeypatch.setattr(sys, "argv", words)
     assert a_against_a.main() == 0
@@ -142,7 +142,7 @@ def test_the_script_ends_at_its_time_with_valid_campaigns(
 ):
     plan = make_plan("steady-a", "steady-b", runs=3)
     monkeypatch.setattr(a_against_a, "prepare", lambda request: (plan, cpu))
-    monkeypatch.setattr(a_against_a, "worker", lambda percent: fake_worker)
+    monkeypatch.setattr(a_against_a, "worker_command_for", lambda percent: fake_worker)
     clock = iter([0.0, 1.0, 11.0])
     monkeypatch.setattr(a_against_a, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     words = ["a_against_a", "--out", str(tmp_path / "out"), "--max-time", "10"]

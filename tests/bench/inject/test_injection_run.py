@@ -10,7 +10,7 @@ import pytest
 from qwencli.bench.causes import Cause
 from qwencli.bench.inject.confusion import NONE
 from qwencli.bench.inject.faults import ALL, KINDS, choose
-from qwencli.bench.inject.injection_run import CONTROLS, Injection, measure, schedule
+from qwencli.bench.inject.injection_run import CONTROLS, Injection, run_injection, schedule
 from qwencli.bench.storage import columns
 from qwencli.bench.storage.row_file import read_rows
 from qwencli.errors import BenchError, UsageError
@@ -26,7 +26,9 @@ CAUSES = ("gc", "gil", "preemption", "suspended", "idle_gap", "reload")
 def test_every_fault_is_made_recorded_and_counted(tmp_path, make_plan, cpu):
     plan = make_plan("busy", tokens=60)
     injection = Injection(CAUSES, trials=1, seed=3)
-    found = measure(plan, cpu, injection, tmp_path / "c", ["bench"], Output(quiet=True), WORKER)
+    found = run_injection(
+        plan, cpu, injection, tmp_path / "c", ["bench"], Output(quiet=True), WORKER
+    )
     planned = schedule([Cause(name) for name in CAUSES], 1, 3)
     truth = read_rows(tmp_path / "c" / "truth.csv")
     assert [planned[int(run) - 1] for run in dict.fromkeys(row["run"] for row in truth)] == planned
@@ -58,7 +60,9 @@ def test_every_fault_is_made_recorded_and_counted(tmp_path, make_plan, cpu):
 def test_no_cell_that_can_run_is_said(make_plan, cpu, tmp_path):
     plan = make_plan("busy", cache=("static-graph",), engine=("transformers",))
     with pytest.raises(BenchError, match="no cell can run here"):
-        measure(plan, cpu, Injection((ALL,), 1, 0), tmp_path / "c", [], Output(quiet=True), WORKER)
+        run_injection(
+            plan, cpu, Injection((ALL,), 1, 0), tmp_path / "c", [], Output(quiet=True), WORKER
+        )
 
 
 def test_the_schedule_is_of_the_seed_and_mostly_undisturbed():

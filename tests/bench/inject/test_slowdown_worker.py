@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qwencli.bench.inject.slowdown_worker import SlowedEngine
-from qwencli.bench.run.bench_run import RunSettings, measure
+from qwencli.bench.run.bench_run import RunSettings, run_bench
 from qwencli.bench.storage.row_file import read_rows
 from qwencli.config import EngineConfig, ModelSource, ModelSpec, SamplingOptions
 from qwencli.engine.instruments import disturbances
@@ -66,7 +66,7 @@ def test_a_campaign_with_a_slowdown_is_slower_and_measures_no_limits(make_plan, 
         how = RunSettings(resume=False, timeout_s=60.0, limits=False)
         folder = tmp_path / name
         plan = make_plan("busy", runs=3, tokens=60)
-        assert measure(plan, cpu, folder, [], Output(quiet=True), how, command) == 0
+        assert run_bench(plan, cpu, folder, [], Output(quiet=True), how, command) == 0
         rows = [row for row in read_rows(folder / "tokens.csv") if row["itl_ms"]]
         times[name] = [[float(r["itl_ms"]) for r in rows if r["run"] == n] for n in "0123"]
         assert read_rows(folder / "probes.csv") == read_rows(folder / "roofline.csv") == []

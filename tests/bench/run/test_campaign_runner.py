@@ -615,10 +615,10 @@ SESSION = """
     sys.path[:0] = [{root!r}, {here!r}]
     import conftest
     from pathlib import Path
-    from qwencli.bench.run.bench_run import RunSettings, measure
+    from qwencli.bench.run.bench_run import RunSettings, run_bench
     from qwencli.output import Output
     plan = conftest.make_plan.__wrapped__()("steady", "hang", runs=4, seed={seed})
-    sys.exit(measure(plan, conftest.CPU, Path("c"), ["bench"], Output(), RunSettings(False, 90.0),
+    sys.exit(run_bench(plan, conftest.CPU, Path("c"), ["bench"], Output(), RunSettings(False, 90.0),
                      command=conftest.FAKE_WORKER))
 """
 
@@ -700,13 +700,13 @@ def test_kills_at_any_moment_lose_no_finished_run(tmp_path, make_plan):
     sys.path[:0] = [{root!r}, {here!r}]
     import conftest
     from pathlib import Path
-    from qwencli.bench.run.bench_run import RunSettings, measure
+    from qwencli.bench.run.bench_run import RunSettings, run_bench
     from qwencli.bench.plan.stopping import StopRule
     from qwencli.output import Output
     plan = conftest.make_plan.__wrapped__()("steady", tokens=20, stop=StopRule(24, 24, processes=2))
     resume = Path("c", "plan.json").exists()
-    sys.exit(measure(plan, conftest.CPU, Path("c"), ["bench"], Output(), RunSettings(resume, 90.0),
-                     command=conftest.FAKE_WORKER))
+    sys.exit(run_bench(plan, conftest.CPU, Path("c"), ["bench"], Output(),
+                       RunSettings(resume, 90.0), command=conftest.FAKE_WORKER))
 """
     script = textwrap.dedent(plan.format(root=str(here.parents[1]), here=str(here)))
     done: list[list[str]] = []

@@ -42,7 +42,7 @@ def attention_family(names: tuple[str, ...]) -> str | None:
 
 
 def attention_kernels(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the names that belong to an attention backend."""
+    """The names of kernels that belong to an attention backend."""
     return tuple(n for n in names if any(word in n.lower() for word, _ in FAMILIES))
 
 
