@@ -107,7 +107,7 @@ def stats_line(result: GenerationResult) -> str:
     """One line: tokens, speed, phases, and the modes that ran; what is not known is left out."""
     t, ran = result.timings, result.effective
     kv = None if ran.kv_dtype == ran.dtype else ran.kv_dtype and f"{ran.kv_dtype} keys and values"
-    speed = "-" if t.decode_tok_per_s is None else f"{t.decode_tok_per_s:.1f} tok/s"
+    speed = "" if t.decode_tok_per_s is None else f" at {t.decode_tok_per_s:.1f} tok/s"
     cut = " (cut off)" if result.finish_reason == "length" else ""
     cached = f"{result.num_cached_tokens} cached" if result.num_cached_tokens else None
     images = result.num_image_tokens
@@ -123,7 +123,7 @@ def stats_line(result: GenerationResult) -> str:
     dtype = f", {ran.dtype}" if ran.dtype else ""
     tokens = "-" if result.num_prompt_tokens is None else result.num_prompt_tokens
     return (
-        f"{counted(result.num_new_tokens, 'token')}{cut} at {speed} | prompt {tokens}"
+        f"{counted(result.num_new_tokens, 'token')}{cut}{speed} | prompt {tokens}"
         + (f" ({prompt})" if prompt else "")
         + f" | {phases} | {modes}{dtype} on {ran.device}{_speculation(result)}"
     )

@@ -32,6 +32,8 @@ nothing else catches them to print.
 from __future__ import annotations
 
 import copyreg
+import os
+import re
 from typing import Any, Self
 
 
@@ -159,3 +161,18 @@ class StoppedError(QwenCliError):
 
 class BenchError(QwenCliError):
     pass
+
+
+def system_words(error: BaseException) -> str:
+    """What the system says of a failed connection, from whatever it is wrapped in."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, OSError) and inner.errno is not None:
+            # asyncio has words of its own; those of a name that is not found are below zero, and
+            # those of TLS have numbers of their own.
+            is_system = inner.errno > 0 and type(inner).__module__ != "ssl"
+            said = os.strerror(inner.errno) if is_system else str(inner.strerror)
+            return re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", said).lower()
+        inner = inner.__cause__ or inner.__context__
+    said = str(getattr(error, "reason", None) or error).strip()  # urllib's has both
+    return (said or type(error).__name__).splitlines()[0].lower()

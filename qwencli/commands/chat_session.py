@@ -209,7 +209,7 @@ class ChatSession(Conversation):
             if text:
                 self.say(text)
         elif re.fullmatch(_COMMAND_OR_PATH, line):
-            raise UsageError(f"{visible(name)} is not a command, nor a file", "/help lists them")
+            raise UsageError(f"{visible(name)} is not a command, nor a file", "/help lists all")
         else:
             self.say(line)
         return True

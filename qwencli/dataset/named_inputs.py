@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Protocol
 
 from qwencli import __version__
-from qwencli.errors import InputError
+from qwencli.errors import InputError, system_words
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse
@@ -79,7 +79,9 @@ class UrlPart:
             reason = f"the server answers {error.code} {error.reason}"
         except TimeoutError:
             reason = f"nothing came for {SILENCE_S:.0f} s"
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except OSError as error:
+            reason = system_words(error)
+        except (http.client.HTTPException, ValueError) as error:
             reason = str(getattr(error, "reason", None) or error) or type(error).__name__
         raise InputError(f"{self.url}: {reason}", "check the address, or download the file")
 

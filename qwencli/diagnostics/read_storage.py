@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qwencli.diagnostics.facts import CacheFacts, DiskSpeed, Download, HubFacts
-from qwencli.engine.instruments.probes.ask import first_line
+from qwencli.errors import system_words
 from qwencli.models.hub import cache_root, unfinished_downloads
 
 _READ_BYTES = 64 << 20
@@ -111,7 +111,7 @@ def _ask_hub() -> HubFacts:
     except urllib.error.HTTPError:
         pass  # it refuses, so it is there
     except (OSError, ValueError) as error:
-        return HubFacts(True, problem=first_line(str(getattr(error, "reason", error))))
+        return HubFacts(True, problem=system_words(error))
     return HubFacts(True, time.perf_counter() - start)
 
 

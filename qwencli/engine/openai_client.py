@@ -18,7 +18,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from qwencli.config import ModelSpec
 from qwencli.engine.openai_format import MalformedAnswerError, error_text, read_json
-from qwencli.errors import AnswerError, EndpointError, InputError, UsageError
+from qwencli.errors import AnswerError, EndpointError, InputError, UsageError, system_words
 
 if TYPE_CHECKING:
     import httpx
@@ -378,13 +378,13 @@ class OpenAIClient:
         if isinstance(error, httpx.TimeoutException):
             what = "does not answer"
         elif isinstance(error, httpx.ConnectError):
-            what = f"cannot be reached ({_reason(error)})"
+            what = f"cannot be reached ({system_words(error)})"
         elif isinstance(error, httpx.RemoteProtocolError) and "disconnected" in str(error):
             what, hint = "closed the connection without an answer", _LOG
         elif isinstance(error, httpx.RemoteProtocolError):
             what, hint = "does not speak HTTP", "check the port of --endpoint"
         else:
-            what = f"broke the connection off ({_reason(error)})"
+            what = f"broke the connection off ({system_words(error)})"
         return RetryableError(AnswerError(f"{self.endpoint.name} {what}", hint), unreachable=True)
 
 
@@ -445,15 +445,3 @@ def _json(text: str) -> Any:
 def _retry_after_s(headers: Mapping[str, str]) -> float:
     said = headers.get("retry-after", "")
     return float(said) if said.isascii() and said.isdecimal() else _BUSY_PAUSE_S
-
-
-def _reason(error: BaseException) -> str:
-    """The system's own words, from whatever it is wrapped in."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, OSError) and inner.errno is not None:
-            # asyncio has words of its own; those of a name that is not found are below zero.
-            said = os.strerror(inner.errno) if inner.errno > 0 else str(inner.strerror)
-            return said.lower()
-        inner = inner.__cause__ or inner.__context__
-    return (str(error).strip() or type(error).__name__).splitlines()[0].lower()

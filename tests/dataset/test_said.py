@@ -91,7 +91,9 @@ def test_notes_of_pictures_shown_smaller_are_in_the_summary(caption, pictures, e
 def test_counts_of_one(engine, caption, pictures, capsys):
     [result] = [chunk.result for chunk in engine.stream(GenerationRequest((user_message("a"),)))]
     one = replace(result, token_ids=(1,), finish_reason="length")
-    assert stats_line(one).startswith("1 token (cut off) at")
+    for speed, said in ((5.0, " at 5.0 tok/s"), (None, "")):
+        timed = replace(one, timings=replace(one.timings, decode_tok_per_s=speed))
+        assert stats_line(timed).startswith(f"1 token (cut off){said} | prompt")
     assert "after 1 new token (raise" in shortfall(one)
     folder = pictures("a.png")
     assert caption(folder) == 0

@@ -93,7 +93,7 @@ def test_the_hub_is_not_asked_when_switched_off_and_its_silence_is_no_error(monk
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(read_storage.urllib.request, "urlopen", unreachable)
-    assert read_storage.read_hub({}).problem == "Name or service not known"
+    assert read_storage.read_hub({}).problem == "name or service not known"
 
 
 def test_a_name_server_that_does_not_answer(monkeypatch):
