@@ -1,7 +1,7 @@
 # Everything runs in .venv, which the README's commands make.
 PYTHON := .venv/bin/python
 
-.PHONY: check test kernels docs format
+.PHONY: check calls test kernels docs format
 
 check:
 	.venv/bin/ruff check .
@@ -16,6 +16,11 @@ check:
 	$(PYTHON) tools/docs/predictions.py --check
 	$(PYTHON) tools/docs/findings.py --check
 	$(PYTHON) tools/docs/results_index.py --check
+
+# What a GPU or another engine alone runs, and no test of a CPU, calls functions as they are now.
+calls:
+	! .venv/bin/mypy tests benchmarks tools \
+		| grep -E 'Missing (positional|named) argument|Unexpected keyword|\[syntax\]|Duplicate module|found twice'
 
 test:
 	$(PYTHON) -m pytest -n 2 --dist worksteal

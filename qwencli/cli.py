@@ -93,15 +93,17 @@ def _load_command(name: str) -> Any:
     else:
         alone.command(name, cls=_Command)(part)
         command = typer.main.get_command(alone)
-    _refuse_empty_paths(command)
+    _read_alike(command)
     return command
 
 
-def _refuse_empty_paths(command: Any) -> None:
+def _read_alike(command: Any) -> None:
+    """Have the options of a command, and of those in it, read and refused in the same words."""
     for parameter in command.params:
         parameter.consume_value = functools.partial(_given, parameter, parameter.consume_value)
+        _plainly_read(parameter)
     for part in getattr(command, "commands", {}).values():
-        _refuse_empty_paths(part)
+        _read_alike(part)
 
 
 def _given(parameter: Any, consume: Any, context: Any, options: Any) -> Any:

@@ -283,6 +283,9 @@ def test_no_arguments_show_the_help(capsys):
         (["caption", "a.png", "--prompt", "x", "--preset", "tags"], "exclude each other"),
         (["caption", "a.png", "--preset", "poem"], "--preset 'poem' is unknown"),
         (["caption", "a.png", "--max-pixels", "0"], "--max-pixels 0 is out of range"),
+        (["bench", "--runs", "0"], "--runs 0 is out of range (give a value from 1 on)"),
+        (["bench", "--max-noise", "x"], "--max-noise is a number, not x"),
+        (["bench", "study", "C01", "--runs", "x"], "--runs is a whole number, not x"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(arguments, part, capsys):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from qwencli.comfyui import comfy_host
 from qwencli.comfyui.schemas import RunsWhere
 from qwencli.config import EngineConfig, LoadFormat
-from qwencli.engine.abilities import Abilities, check_loaded, fetch_model
+from qwencli.engine.abilities import Abilities, check_known, check_loaded, fetch_model
 from qwencli.errors import EngineError, OutOfMemoryError, QwenCliError
 
 if TYPE_CHECKING:
@@ -248,6 +248,7 @@ def create(key: EngineKey, keep_s: float, wanted: Abilities) -> Engine:
 
         return RemoteEngine(key.config, key.key_variable)
     model = key.config.model
+    check_known(model, wanted)
     if model.path is None and key.config.load_format is LoadFormat.AUTO:
         log.info("qwencli: downloading %s (kept in the Hugging Face cache)", model.repo_id)
     fetch_model(key.config, wanted)

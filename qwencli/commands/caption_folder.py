@@ -68,7 +68,7 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
         named = ", ".join(str(each) for each in job.inputs) or "this folder"
         if listing.unmatched:
             raise InputError(
-                f"{named}: no picture or video there is {' or '.join(chosen.glob or ())}",
+                f"{named}: no picture or video there matches {' or '.join(chosen.glob or ())}",
                 "check --glob; a pattern with a slash is of the whole path",
             )
         raise InputError(
@@ -134,7 +134,7 @@ def caption_folder(job: CaptionJob, caption_config: CaptionConfig, chosen: Folde
         if whole.work.tasks or whole.work.refused:
             whole.begin(reporter.add)
             if whole.work.tasks:
-                announce_model(spec, run, output)
+                announce_model(spec, run, output, caption_config.wanted)
                 stopper = Stopper(output.notice)
                 config, count = run.engine_config(spec), len(whole.work.tasks)
                 with (

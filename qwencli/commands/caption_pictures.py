@@ -299,17 +299,13 @@ def answer_pictures(
     groups = work.opened([images] if multi_image else [[each] for each in images], frames)
     pictures = next(groups, None)
     if pictures is not None:
-        announce_model(spec, run, output)
+        wanted = Abilities(pictures=True, thoughts=thinking)
+        announce_model(spec, run, output, wanted)
         work.mark("python, options and pictures")
         asked = 1 if multi_image else len(images)
         with (
             work.counted_when_stopped(asked),
-            running_engine(
-                run.engine_config(spec),
-                output,
-                job.keep_s,
-                Abilities(pictures=True, thoughts=thinking),
-            ) as loaded,
+            running_engine(run.engine_config(spec), output, job.keep_s, wanted) as loaded,
         ):
             work.mark("torch and the model")
             left = images[work.begun - 1 :]
@@ -358,7 +354,7 @@ def print_captions(job: CaptionJob, config: CaptionConfig) -> None:
         for name in fields
         for sample in range(job.samples)
     ]
-    announce_model(spec, run, output)
+    announce_model(spec, run, output, config.wanted)
     overlays = Overlays(
         overlay_folder(config, job.overlay),
         lambda item: open_named(named[item.key], frames),

@@ -84,7 +84,7 @@ def chat(
         # An answer about a picture that the model never saw would be invented.
         raise typer.Exit(1)
     wanted = Abilities(pictures=bool(pictures), thoughts=thinking)
-    announce_model(spec, run, output)
+    announce_model(spec, run, output, wanted)
     drawn = sys.stdin.isatty() and sys.stdout.isatty() and not run.json and can_draw()
     with (
         quiet_keys() if can_draw() else nullcontext(),

@@ -86,6 +86,7 @@ def write_report(
 
     page = redact(markdown(results, advice, recorded, __version__), this_owner())
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, page.encode())
     except OSError as error:
         raise OutputError(

@@ -73,18 +73,22 @@ def new_chat_path(folder: Path) -> Path:
 
 
 def latest_chat(folder: Path) -> Path:
-    """The conversation that was kept last.
+    """The conversation that was kept last, but for those of which nothing is left (`/undo`).
 
     Raises:
         InputError: there is none.
     """
-    found = _kept_files(folder)
-    if not found:
-        raise InputError(
-            f"{folder} has no conversation to go on with",
-            "those at a terminal are kept there: qwencli chat; one of /save: /load FILE",
-        )
-    return found[-1]
+    for path in reversed(_kept_files(folder)):
+        try:
+            empty = not read_chat(path).turns
+        except InputError:  # what is wrong with it is said when it is gone on with
+            empty = False
+        if not empty:
+            return path
+    raise InputError(
+        f"{folder} has no conversation to go on with",
+        "those at a terminal are kept there: qwencli chat; one of /save: /load FILE",
+    )
 
 
 def forget_oldest(folder: Path) -> None:

@@ -67,7 +67,7 @@ def serve(
     sampling = run.sampling_options()
     spec = choose_model(run, output)
     opened = listening(host, port)
-    announce_model(spec, run, output)
+    announce_model(spec, run, output, Abilities())
     config = run.engine_config(spec)
     with output.status(f"starting {spec.name}"):
         engine = create_engine(config)

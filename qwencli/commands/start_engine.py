@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from qwencli.commands.options import RunOptions
 from qwencli.config import EngineConfig, EngineName, LoadFormat, ModelSource, ModelSpec
-from qwencli.engine.abilities import Abilities, check_loaded, fetch_model
+from qwencli.engine.abilities import Abilities, check_known, check_loaded, fetch_model
 from qwencli.errors import (
     AnswerError,
     InputError,
@@ -99,8 +99,16 @@ def _wants(better: ModelSpec, output: Output) -> bool:
     )
 
 
-def announce_model(spec: ModelSpec, run: RunOptions, output: Output) -> None:
-    """Say on stderr what the bundled model is, and what is about to be downloaded."""
+def announce_model(spec: ModelSpec, run: RunOptions, output: Output, wanted: Abilities) -> None:
+    """Say on stderr what the bundled model is, and what is about to be downloaded.
+
+    Args:
+        wanted: of the model.
+
+    Raises:
+        UnsupportedModeError: it cannot do that, and a download would not change it.
+    """
+    check_known(spec, wanted)
     if spec.source is ModelSource.BUNDLED:
         output.notice(
             "note: using the bundled model 'scenes', which knows drawn scenes only "

@@ -27,7 +27,7 @@ from qwencli.dataset.caption_format import (
 )
 from qwencli.dataset.chatter import find_closing, find_preamble, find_refusal
 from qwencli.dataset.hints import is_tag_list
-from qwencli.dataset.languages import language_wanted, wrong_language
+from qwencli.dataset.languages import first_words, language_wanted, last_words, wrong_language
 from qwencli.errors import UsageError
 from qwencli.results import FinishReason
 
@@ -306,11 +306,7 @@ def _truncated(answer: Answer, text: str) -> Fault | None:
 
 def _end_of(text: str) -> str:
     """The last words of a text, in one line."""
-    line = " ".join(text.split())
-    if len(line) <= _END_CHARACTERS:
-        return line
-    end = line[-_END_CHARACTERS:]
-    return f"... {end.partition(' ')[2] or end}"
+    return last_words(" ".join(text.split()), _END_CHARACTERS)
 
 
 # In this order: what comes first explains what comes after it.
@@ -332,4 +328,5 @@ def _quoted(text: str) -> str:
 
 def _around(text: str, word: str) -> str:
     place = text.find(word)
-    return text[max(0, place - 40) : place + len(word) + 40]
+    end = place + len(word)
+    return f"{last_words(text[:place], 40)}{text[place:end]}{first_words(text[end:], 40)}"

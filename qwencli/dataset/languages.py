@@ -25,6 +25,22 @@ class Language:
     frequent: frozenset[str] = frozenset()
 
 
+def first_words(text: str, most: int) -> str:
+    """The beginning of a text in at most so many characters, without half a word."""
+    if len(text) <= most:
+        return text
+    begin = text[:most]
+    return f"{begin.rpartition(' ')[0] or begin} ..."
+
+
+def last_words(text: str, most: int) -> str:
+    """The end of a text in at most so many characters, without half a word."""
+    if len(text) <= most:
+        return text
+    end = text[-most:]
+    return f"... {end.partition(' ')[2] or end}"
+
+
 def _language(name: str, names: str, scripts: str, frequent: str = "") -> Language:
     return Language(name, names, frozenset(scripts.split()), frozenset(frequent.split()))
 
@@ -135,9 +151,9 @@ def wrong_language(text: str, wanted: str, *, tags: bool = False) -> str | None:
     # Words on signs are quoted in their own script; they are not most of a caption.
     if letters >= 4 and 2 * foreign > letters:
         script = max(counts.keys() - language.scripts, key=lambda name: counts[name])
-        return f"{script.capitalize()} script, not {language.name}: {text.strip()[:60]}"
+        return f"{script.capitalize()} script, not {language.name}: {first_words(text.strip(), 60)}"
     if "CJK" in counts and wanted == "ja" and letters >= 30 and not counts["HIRAGANA"]:
-        return f"Chinese, not Japanese: {text.strip()[:60]}"
+        return f"Chinese, not Japanese: {first_words(text.strip(), 60)}"
     if tags or not language.frequent:
         return None
     shares = _shares(text, only=wanted)
@@ -147,7 +163,7 @@ def wrong_language(text: str, wanted: str, *, tags: bool = False) -> str | None:
     shares = _shares(text)
     best = max(shares, key=lambda code: shares[code])
     if best != wanted and shares[best] >= max(_MIN_SHARE, _TIMES * own):
-        return f"{LANGUAGES[best].name}, not {language.name}: {text.strip()[:60]}"
+        return f"{LANGUAGES[best].name}, not {language.name}: {first_words(text.strip(), 60)}"
     return None
 
 

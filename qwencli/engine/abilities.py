@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from qwencli.capabilities import check_pictures, check_thinking
-from qwencli.config import EngineConfig, LoadFormat, ModelSource
+from qwencli.config import EngineConfig, LoadFormat, ModelSource, ModelSpec
 from qwencli.models.families import can_see
 
 
@@ -36,9 +36,19 @@ class KnownModel(Protocol):
     def can_think(self) -> bool | None: ...
 
 
+def check_known(model: ModelSpec, wanted: Abilities) -> None:
+    """Refuse what a model cannot do, as far as that is known before its files are here; nothing is
+    of a server's model.
+
+    Raises:
+        UnsupportedModeError: it cannot do what is wanted.
+    """
+    if model.source is not ModelSource.REMOTE:
+        _check(model.name, wanted, (model.hub_config or {}).get("model_type"))
+
+
 def fetch_model(config: EngineConfig, wanted: Abilities) -> None:
-    """Have a model's files here, and refuse what it cannot do before its weights are read; where
-    its config.json is known before a download, before that.
+    """Have a model's files here, and refuse what it cannot do before its weights are read.
 
     Nothing is known of a server's model: see `check_loaded`.
 
@@ -53,7 +63,7 @@ def fetch_model(config: EngineConfig, wanted: Abilities) -> None:
     model = config.model
     if model.source is ModelSource.REMOTE:
         return
-    _check(model.name, wanted, (model.hub_config or {}).get("model_type"))
+    check_known(model, wanted)
     if config.load_format is LoadFormat.DUMMY:
         folder, hub_config = bundled_folder(), dummy_config(model)
     else:

@@ -296,7 +296,7 @@ class EngineCore:
         waiting = len(self._scheduler.waiting) + len(self._inputs)
         for _ in range(2):
             prompts = [self._active[each.request].prompt for each in decode]
-            size, self._runner.is_half_taken = 0, False
+            size, self._runner.may_have_advanced = 0, False
             try:
                 if any(each.constrained for each in decode):
                     step.unsampled = self._runner.decode_logits(decode, prompts, waiting)
@@ -317,10 +317,10 @@ class EngineCore:
             self._drafts = None  # steps of several tokens need graphs of their own
             for each in decode:
                 each.num_ahead -= max(0, size - 1)
-            if self._runner.is_half_taken:
+            if self._runner.may_have_advanced:
                 break
             waiting = 0
-        self._run_fewer(decode, failure, half_taken=self._runner.is_half_taken)
+        self._run_fewer(decode, failure, advanced=self._runner.may_have_advanced)
 
     def _no_memory_for(
         self, sequences: SequenceOf[Sequence], error: BaseException
@@ -329,14 +329,14 @@ class EngineCore:
         return out_of_memory_error(self._effective.device, doing, error)
 
     def _run_fewer(
-        self, sequences: list[Sequence], failure: OutOfMemoryError, *, half_taken: bool
+        self, sequences: list[Sequence], failure: OutOfMemoryError, *, advanced: bool
     ) -> None:
         """A step of these has found no memory: half of its rows take it again, and the others when
         there is a row free. One that finds none alone has failed, and so have all where nobody
         knows whose token was chosen."""
         active = [self._active[each.request] for each in sequences]
         rows = self._runner.rows_of(sequences)
-        if half_taken or rows == 1:
+        if advanced or rows == 1:
             for each in active:
                 self._fail(each, failure)
             return
@@ -369,7 +369,7 @@ class EngineCore:
                 for sequence, row in zip(unsampled.sequences, unsampled.rows, strict=True)
                 if (active := self._still(sequence)) and active.answer.matcher is not None
             ]
-            self._runner.is_half_taken = False
+            self._runner.may_have_advanced = False
             try:
                 step.copies.append(self._runner.sample(unsampled, matchers, self._clock))
             except (RuntimeError, MemoryError) as error:
@@ -380,13 +380,13 @@ class EngineCore:
                 return
             # Outside the handler: until it ends, the traceback holds the tensors that must go.
             self._release()
-            if self._runner.is_half_taken:
+            if self._runner.may_have_advanced:
                 break
         left = [each for each in unsampled.sequences if self._still(each)]
         if left:
             # States went on with the logits.
-            half_taken = self._runner.is_half_taken or self._runner.states is not None
-            self._run_fewer(left, failure, half_taken=half_taken)
+            advanced = self._runner.may_have_advanced or self._runner.states is not None
+            self._run_fewer(left, failure, advanced=advanced)
 
     def _prefill(self, chunks: tuple[PromptChunk, ...], clock: EventTimer, step: _Step) -> None:
         """Run prompts; where memory does not suffice, fewer of them, and one that does not fit

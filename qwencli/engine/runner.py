@@ -190,7 +190,7 @@ class ModelRunner:
         self.most_rows = max_rows
         # Whether rows of the step that is run may be a token further, or parts of them; callers
         # unset it before each.
-        self.is_half_taken = False
+        self.may_have_advanced = False
         model.rope.reach(max_seq_len)
 
     @torch.inference_mode()
@@ -391,9 +391,10 @@ class ModelRunner:
         if not self.reads_lengths:
             reach = min(reach, 1 << max(longest - 1, 255).bit_length())
         key = self._graph_for(kind, rows, reach, waiting, size, with_logprobs)
-        if key not in self._graphs:
-            self._captured.append(key)
+        known = key in self._graphs
         self._replay(key, lambda: self._advance(*key))
+        if not known:
+            self._captured.append(key)  # not before: another may find the memory
         return key
 
     def _replay(self, key: Hashable, work: Callable[[], None]) -> None:
@@ -410,9 +411,9 @@ class ModelRunner:
             finally:
                 done.copy_(kept[0])
                 seen.copy_(kept[1])
-                self.is_half_taken = False
+                self.may_have_advanced = False
         self._graphs.replay(key)
-        self.is_half_taken = True
+        self.may_have_advanced = True
 
     @property
     def reads_lengths(self) -> bool:
@@ -459,13 +460,13 @@ class ModelRunner:
             state.tables[:rows], buffers.slot, longest, state.states[:rows], buffers.done
         )
         # Keys and values are written again to where they are; states are moved on in place.
-        self.is_half_taken = self.states is not None
+        self.may_have_advanced = self.states is not None
         hidden = model.decode_rows(buffers.token, buffers.position, self.cache, pages, self.states)
         if self._head is not None:
             self._head.note(hidden, buffers.slot)
         if kind in LIKELIEST and not with_logprobs:
             model.decoder.next_tokens(hidden, ops, buffers, kind is SamplerKind.GREEDY)
-            self.is_half_taken = True
+            self.may_have_advanced = True
             state.remember(rows)
             return
         logits = model.decoder.logits(hidden, ops)
@@ -482,7 +483,7 @@ class ModelRunner:
         rows = len(logits)
         buffers = self.state.buffers(rows)
         chosen = self.state.sampler.narrow(0, rows).sample(logits, buffers.step, kind, masks)
-        self.is_half_taken = True
+        self.may_have_advanced = True
         self.model.row_ops(rows).advance_rows(chosen, buffers)
         if with_logprobs:
             self.state.logprobs.note(logits, chosen)
@@ -507,12 +508,12 @@ class ModelRunner:
         logits = model.decoder.logits(hidden, ops)
         if drawn is None and ops.verify_rows is not None:
             ops.verify_rows(logits, buffers, drafts)
-            self.is_half_taken = True
+            self.may_have_advanced = True
         else:
             input_ids = drafts.input_ids[:, :size]
             proposal = None if drawn is None else drawn.proposal
             chosen = sampler.check(logits, input_ids, buffers.step, kind, proposal)
-            self.is_half_taken = True
+            self.may_have_advanced = True
             ngram.accept(chosen, buffers, drafts)
             if head is None:
                 ngram.draft(buffers, drafts, longest + 1)

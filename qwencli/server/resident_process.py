@@ -38,6 +38,8 @@ from qwencli.server.engine_thread import EngineThread
 from qwencli.server.frames import HEAD_BYTES, decode_frame, encode_frame, frame_lengths
 from qwencli.server.resident_state import State, forget_state, read_state, write_state
 
+# How long a request waits for another command's, which took the place between two of its own.
+BUSY_S = 60.0
 # How often one looks whether it is time to leave.
 LOOK_EVERY_S = 0.2
 # Of what comes, so much is held before it is read: pictures are large.
@@ -168,16 +170,19 @@ class ResidentServer:
         """The engine that answers requests of this configuration, loaded again if it has to be.
 
         Raises:
-            QwenCliError: it cannot be loaded, or another is busy.
+            QwenCliError: it cannot be loaded, or another is busy for longer than `BUSY_S`.
         """
-        loaded = self._loaded
-        if loaded is None or loaded.config != config or loaded.thread.failure is not None:
+        until_s = time.monotonic() + BUSY_S
+        while not self.has(config):
             answer = await self.use(config, None)
-            if answer["op"] == "busy":
+            if answer["op"] != "busy":
+                break
+            if time.monotonic() > until_s:
                 raise EngineError(
                     f"the resident engine is busy with {answer['model']}", "ask again later"
                 )
-            loaded = self._loaded
+            await asyncio.sleep(LOOK_EVERY_S)
+        loaded = self._loaded
         assert loaded is not None, "it was just loaded"
         self._used_s = time.monotonic()
         return loaded.thread
@@ -285,9 +290,11 @@ class _Connection:
             self._tasks.pop(number, None)
 
     def _abort(self, number: int) -> None:
-        answer = self._answers.pop(number, None)
+        answer, task = self._answers.pop(number, None), self._tasks.get(number)
         if answer is not None:
             answer.end(ClientGoneError("nobody waits for it"))
+        elif task is not None:
+            task.cancel()  # it waits for the engine
 
     def end(self) -> None:
         for number in list(self._answers):

@@ -228,7 +228,8 @@ def test_a_text_model_refuses_pictures_before_it_is_loaded(caption, pictures, ca
 def test_a_text_model_refuses_pictures_before_its_download(caption, pictures, capsys, monkeypatch):
     monkeypatch.setattr("qwencli.models.resolve.locate", lambda *_, **__: pytest.fail("a download"))
     assert run(["caption", pictures[0], "--model", "qwen3-8b", "--device", "cpu"]) == 2
-    assert "qwen3-8b reads text only" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.startswith("error: qwen3-8b reads text only") and err.count("\n") == 1
 
 
 def test_sampling_flags_reach_the_engine(caption, pictures, capsys):

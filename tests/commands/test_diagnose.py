@@ -119,7 +119,7 @@ def test_wrong_options_are_named(run, arguments, said):
 
 
 def test_a_report_to_paste(run, tmp_path):
-    path = tmp_path / "report.md"
+    path = tmp_path / "new" / "report.md"
     gpu = {"variables": {"TORCH_LOGS": "/home/annika/secret/logs", "CUDA_X": "hf_abcdefghijkl"}}
     result = run("old-driver", "--report", str(path), **gpu)
     assert result.exit_code == 1
@@ -131,10 +131,11 @@ def test_a_report_to_paste(run, tmp_path):
     assert "hf_abc" not in page
     record = json.loads(page.partition("```json\n")[2].partition("\n```")[0])
     assert record["driver"]["version"] == "550.54.14"
-    assert not list(tmp_path.glob("*.new"))
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_report_that_cannot_be_written(run, tmp_path):
+    (tmp_path / "no").touch()
     result = run("h200", "--report", str(tmp_path / "no" / "r.md"))
     assert isinstance(result.exception, OutputError)
     assert "--report" in result.exception.message

@@ -140,3 +140,15 @@ def test_the_newest_are_kept(tmp_path):
     forget_oldest(tmp_path)
     assert len(list(tmp_path.iterdir())) == KEPT
     assert latest_chat(tmp_path).name == f"{KEPT + 2}.json"
+
+
+def test_a_conversation_of_which_nothing_is_left_is_not_gone_on_with(tmp_path):
+    import os
+
+    for number, chat in enumerate([CHAT, SavedChat("a model")]):
+        write_chat(tmp_path / f"{number}.json", chat)
+        os.utime(tmp_path / f"{number}.json", (number, number))
+    assert latest_chat(tmp_path).name == "0.json"
+    (tmp_path / "0.json").unlink()
+    with pytest.raises(InputError, match="no conversation to go on with"):
+        latest_chat(tmp_path)

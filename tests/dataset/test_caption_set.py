@@ -164,7 +164,7 @@ def test_two_pictures_that_want_one_file(caption, pictures):
 
 def test_a_pattern_that_nothing_matches_is_named(caption, pictures, capsys):
     assert caption(pictures("a.png"), "--glob", "*.bmp") == 1
-    assert "no picture or video there is *.bmp" in capsys.readouterr().err
+    assert "no picture or video there matches *.bmp" in capsys.readouterr().err
 
 
 def test_the_manifest_knows_where_a_caption_came_from(caption, pictures):

@@ -416,3 +416,19 @@ def test_the_end_of_what_was_cut_off_begins_with_a_whole_word():
     )
     fault = Guards(invalid=lambda text: "x").caption(Answer('{"a": 1', "length"), CaptionFormat())
     assert isinstance(fault, Fault) and fault.evidence == '{"a": 1'
+
+
+def test_evidence_has_no_half_words():
+    text = (
+        "A particularly large green square is on a table, on a light blue background with clouds."
+    )
+    found = verdict(text, CaptionFormat(ban=["table"]))
+    assert found == Fault(
+        FaultKind.BANNED,
+        "'table' in ... large green square is on a table, on a light blue background with ...",
+    )
+    told = Guards(language="de").caption(Answer(text), CaptionFormat())
+    assert isinstance(told, Fault)
+    assert told.evidence.endswith(
+        ": A particularly large green square is on a table, on a light ..."
+    )

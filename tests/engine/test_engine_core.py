@@ -610,6 +610,26 @@ def test_a_graph_that_finds_no_memory_leaves_the_rows_as_they_were(limited, monk
     assert len(tries) > 2
 
 
+def test_a_graph_for_those_that_wait_gives_way_to_one_for_those_that_run(limited, monkeypatch):
+    run_graphs_on_the_host(monkeypatch)
+    monkeypatch.setitem(native_engine.BATCH_LIMITS, "cpu", replace(NARROW, max_rows=8))
+    requests = [ask(f"{n}", max_new_tokens=9) for n in range(7)]
+    expected = [limited.generate(request).token_ids for request in requests]
+    capturing, rows = GraphRunner.capture, []
+    monkeypatch.setattr(limited._requests()._runner, "_graphs", GraphRunner(torch.device("cpu")))
+
+    def short_of_memory(self, key, work):
+        rows.append(key[1])
+        if key[1] > 2:
+            raise out_of_memory()
+        capturing(self, key, work)
+
+    monkeypatch.setattr(GraphRunner, "capture", short_of_memory)
+    results = list(generate_many(limited, requests))
+    assert [each.token_ids for each in results] == expected
+    assert rows[:2] == [8, 2] and pages_are_all_free(limited)
+
+
 def test_a_prompt_that_is_run_again_still_has_its_pictures(limited, monkeypatch):
     request = ask(images=[picture()], max_new_tokens=5)
     expected = limited.generate(request).token_ids

@@ -208,6 +208,32 @@ def test_another_model_takes_the_place_unless_it_is_busy(
         waiting.join()
 
 
+def test_a_request_waits_for_one_of_a_command_that_took_the_place_in_between(
+    own_state: Path, made: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = replace(CONFIG, quantization=Quantization.INT4)
+    with serving(own_state), engine() as first, engine(other) as second:
+        assert second.generate(asked()).text
+        seen = threading.Event()
+        made[-1].answer = lambda request: str(seen.wait(60))
+        with ThreadPoolExecutor(2) as threads:
+            running = threads.submit(second.generate, asked())
+            until(lambda: (now := resident.status()) and now.running)
+            monkeypatch.setattr(resident_process, "BUSY_S", 0.0)
+            with pytest.raises(EngineError, match="busy with small"):
+                first.generate(asked())
+            monkeypatch.setattr(resident_process, "BUSY_S", 60.0)
+            number = first.add(asked())
+            time.sleep(0.3)
+            first.abort(number)
+            waiting = threads.submit(first.generate, asked())
+            time.sleep(0.3)
+            assert not waiting.done()
+            seen.set()
+            assert running.result(20).text and waiting.result(20).text
+        assert len(made) == 3
+
+
 def test_one_that_is_there_and_fits_is_used_where_nothing_is_said(
     own_state: Path, made: list[FakeEngine]
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,14 @@ from qwencli.bench.compare.comparison import CellComparison, Comparison, Verdict
 from qwencli.bench.compare.intervals import CHANGE_CONFIDENCE, SAME_CONFIDENCE
 from qwencli.bench.compare.sides import SideCell
 from qwencli.bench.plan.matrix import AXES
-from qwencli.bench.report.tables import is_quotable, row_label, speed_text, title, varying_axes
+from qwencli.bench.report.tables import (
+    by_kind,
+    is_quotable,
+    row_label,
+    speed_text,
+    title,
+    varying_axes,
+)
 from qwencli.output import counted
 
 if TYPE_CHECKING:
@@ -114,12 +120,9 @@ def _remarks(found: Comparison) -> Iterable[tuple[str, str]]:
 
 
 def _grouped(remarks: Iterable[tuple[str, str]]) -> list[str]:
-    cells: dict[str, list[str]] = defaultdict(list)
-    for remark, label in remarks:
-        cells[remark].append(label)
     return [
         f"{remark} - {labels[0] if len(labels) == 1 else counted(len(labels), 'cell')}"
-        for remark, labels in cells.items()
+        for remark, labels in by_kind(remarks)
     ]
 
 

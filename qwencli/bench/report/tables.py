@@ -5,9 +5,10 @@ One list of columns (`DETAILS`) serves the terminal, the Markdown and the HTML r
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -308,18 +309,48 @@ def _gigabytes(value: int | None) -> str:
 def remarks(rows: Sequence[CellRow]) -> list[str]:
     """What the table's last column had no room for: reasons by cell, equal ones together."""
     of_table, of_all = varying_axes(measurable(rows)), varying_axes(rows)
-    cells: dict[str, list[str]] = defaultdict(list)
+    of_cells: list[tuple[str, str]] = []
     for row in rows:
         said = row["verdict"] or ""
         # What the table leaves out is told from the other cells by other axes, too.
         axes = of_all if row["status"] == "skipped" else of_table
         if row["status"] != "ok":
-            cells[f"{row['status']}: {row['reason']}"].append(row_label(row, axes))
+            of_cells.append((f"{row['status']}: {row['reason']}", row_label(row, axes)))
         if ":" in said:
-            cells[said].append(row_label(row, axes))
+            of_cells.append((said, row_label(row, axes)))
     return [
-        f"{said}{' - ' * (len(rows) > 1)}{_where(labels, rows)}" for said, labels in cells.items()
+        f"{said}{' - ' * (len(rows) > 1)}{_where(labels, rows)}"
+        for said, labels in by_kind(of_cells)
     ]
+
+
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
+
+
+def by_kind(of_cells: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    """Sentences, each with the labels of the cells that it is about.
+
+    Those that differ in percentages alone are one, which has what the percentages span.
+
+    Args:
+        of_cells: sentences, each with the label of its cell.
+    """
+    kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for said, label in of_cells:
+        kinds[_PERCENT.sub("%", said)].append((said, label))
+    return [
+        (_spanning([said for said, _ in found]), [label for _, label in found])
+        for found in kinds.values()
+    ]
+
+
+def _spanning(sentences: Sequence[str]) -> str:
+    spans = []
+    for column in zip(*map(_PERCENT.findall, sentences), strict=True):
+        low, high = min(column, key=float), max(column, key=float)
+        spans.append(f"{low}%" if float(low) == float(high) else f"{low} to {high}%")
+    given = iter(spans)
+    return _PERCENT.sub(lambda _: next(given), sentences[0])
 
 
 def _where(labels: Sequence[str], rows: Sequence[CellRow]) -> str:
@@ -332,12 +363,10 @@ def _where(labels: Sequence[str], rows: Sequence[CellRow]) -> str:
 def why_lines(rows: Sequence[CellRow]) -> list[str]:
     """What slowed each cell, fastest cell first, and what measuring cost."""
     axes = varying_axes(rows)
-    cells: dict[str, list[str]] = defaultdict(list)
-    for row in by_speed(rows):
-        for said in why(row):
-            cells[said].append(row_label(row, axes))
+    of_cells = [(said, row_label(row, axes)) for row in by_speed(rows) for said in why(row)]
     lines = [
-        f"{_where(labels, rows)}{': ' * (len(rows) > 1)}{said}" for said, labels in cells.items()
+        f"{_where(labels, rows)}{': ' * (len(rows) > 1)}{said}"
+        for said, labels in by_kind(of_cells)
     ]
     probes = probe_line(rows)
     return lines + ([probes] if probes else [])

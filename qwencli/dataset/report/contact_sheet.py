@@ -267,8 +267,9 @@ def _asset(name: str) -> str:
 
 
 def write_sheet(pieces: Iterable[str], path: Path) -> None:
-    """Raises OSError; `path` is whole or as it was."""
+    """Raises OSError; `path` is whole or as it was, and its folder is made."""
     partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with partial.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
             file.writelines(pieces)

@@ -194,6 +194,8 @@ class Reader:
     def _read_through(self, piece: _Piece) -> _Staging:
         """Read a piece into the ring; for a GPU begin its copy, whose end is in what is given."""
         assert self._ring is not None, "made before the first piece"
+        if self._closed:  # what `close` puts in the ring is for those that wait already
+            raise CancelledError
         staging = self._ring.get()
         if self._closed:
             raise CancelledError

@@ -117,9 +117,10 @@ class _Block:
     def __exit__(self, *exc: object) -> None:
         global _num_blocks
         with _lock:
-            _num_blocks -= 1
             del self._blocks[self]
             self._torch.set_num_threads(next(reversed(self._blocks.values()), _before))
+            # Last: a generator that is collected meanwhile is a block of its own.
+            _num_blocks -= 1
 
 
 def computing_with(threads: int | None) -> AbstractContextManager[None]:

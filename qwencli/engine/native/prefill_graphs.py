@@ -118,6 +118,7 @@ class VisionGraphs:
         )
         size = self._size(ready, len(patches))
         if self._filled is None or self._filled[0] is not ready:
+            self._filled = None  # nor is it once this fails
             buffers.fill(ready, size, len(patches))
             self._filled = ready, size
         buffers.patches[: len(patches)].copy_(patches)

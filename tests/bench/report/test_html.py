@@ -34,6 +34,7 @@ from qwencli.bench.storage import columns
 from qwencli.bench.storage.row_file import write_rows
 from qwencli.errors import BenchError
 from qwencli.html_page import ASSETS as FRAME
+from tests import browser
 from tests.bench.synthetic_campaign import ENVIRONMENT, Made, campaign
 
 VOID = {"meta", "input", "br", "link", "img"}
@@ -435,3 +436,34 @@ def test_charts_know_whether_a_median_may_be_shown_and_whether_the_origin_is_to_
         assert charts["quotable"] is quotable
         whole = [run["generate_tok_per_s"] for run in charts["runs"]]
         assert all(whole) is (given_plan is plan)
+
+
+TILES = """[...document.querySelectorAll('.map td:not(.absent)')].map(tile => {
+  const look = getComputedStyle(tile), box = tile.getBoundingClientRect();
+  const [across, down] = [['Left', 'Right'], ['Top', 'Bottom']].map(sides =>
+    sides.reduce((sum, side) => sum + parseFloat(look[`border${side}Width`]), 0));
+  return [box.width - across, box.height - down, look.backgroundClip];
+})"""
+
+
+@pytest.mark.skipif(browser.PROGRAM is None, reason="needs Chromium")
+def test_tiles_of_the_map_have_equal_areas(made, tmp_path):
+    """Also those that are not quotable, and those without a figure."""
+    rows = list(made.rows)
+    rows[1] = {**rows[1], "verdict": "unstable: runs differ 1.30x"}
+    rows[2] = {**rows[2], "decode_tok_per_s_median": None, "status": "oom", "verdict": None}
+    place = tmp_path / "report.html"
+    page = html_page(rows, made.plan, ENVIRONMENT, made.runs, made.tokens, made.gpu)
+    place.write_text(page, encoding="utf-8")
+    assert {"unquotable", "none"} <= set(re.findall(r'<td class="([\w-]+)"', page))
+    with browser.opened(place.as_uri()) as shown:
+        tiles = shown.run(TILES)
+        assert shown.problems == []
+    assert len(tiles) > 5
+    width, height, _ = tiles[0]
+    for tile in tiles:
+        assert tile == [
+            pytest.approx(width, abs=0.5),
+            pytest.approx(height, abs=0.5),
+            "padding-box",
+        ]

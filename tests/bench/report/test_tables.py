@@ -12,6 +12,7 @@ from qwencli.bench.report.cell_statistics import cell_rows
 from qwencli.bench.report.html.charts import cell_charts, traces_by_cell
 from qwencli.bench.report.tables import (
     AS_ORIGIN,
+    by_kind,
     cell_summary,
     speed_text,
     terminal_table,
@@ -235,6 +236,26 @@ def test_what_slowed_several_cells_alike_is_said_once():
     (line,) = why_lines(rows)
     assert line.startswith("2 cells: runs differ because the core that launches")
     assert why_lines(rows[1:])[0].startswith("sdpa static: runs differ")
+
+
+def test_what_differs_in_percentages_alone_is_said_once_with_what_they_span():
+    said = [
+        ("not quotable: 33% of decode waited for a processor", "native"),
+        ("unstable: runs differ 1.39x", "native"),
+        ("not quotable: 68% of decode waited for a processor", "transformers"),
+        ("unstable: runs differ 1.40x", "transformers"),
+        ("1 gap took 9.5% of decode: 100% of it", "native"),
+        ("1 gap took 10.0% of decode: 100% of it", "transformers"),
+    ]
+    assert by_kind(said) == [
+        (
+            "not quotable: 33 to 68% of decode waited for a processor",
+            ["native", "transformers"],
+        ),
+        ("unstable: runs differ 1.39x", ["native"]),
+        ("unstable: runs differ 1.40x", ["transformers"]),
+        ("1 gap took 9.5 to 10.0% of decode: 100% of it", ["native", "transformers"]),
+    ]
 
 
 def test_the_origin_s_columns_stand_where_its_matrix_ran():

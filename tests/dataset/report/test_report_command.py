@@ -104,9 +104,9 @@ def test_the_page_lies_in_the_folder(pictures, report, capsys):
 
 def test_a_page_elsewhere(pictures, report, tmp_path):
     folder = pictures("a.png")
-    code, found, _ = report(folder, "--json", "--output", tmp_path / "r.html")
+    code, found, _ = report(folder, "--json", "--output", tmp_path / "new" / "r.html")
     assert code == 0 and found["summary"]["pictures"] == 1
-    assert '"link":"set/a.png"' in (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert '"link":"../set/a.png"' in (tmp_path / "new" / "r.html").read_text(encoding="utf-8")
 
 
 def test_names_and_captions_of_all_kinds(pictures, report):
@@ -128,7 +128,7 @@ def test_names_and_captions_of_all_kinds(pictures, report):
     [
         (lambda folder: [folder / "none"], "is not a folder"),
         (lambda folder: [folder / "a.png"], "is not a folder"),
-        (lambda folder: [folder, "--output", folder / "no" / "r.html"], "cannot be written"),
+        (lambda folder: [folder, "--output", folder / "a.png" / "r.html"], "cannot be written"),
         (lambda folder: [folder, "--caption-extension", ".png"], "pictures"),
     ],
 )

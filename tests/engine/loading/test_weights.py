@@ -3,6 +3,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +153,25 @@ def test_files_that_change_while_they_are_read_are_refused(
             file.unlink()
         with pytest.raises(ModelFileError, match=said):
             pending.finish()
+
+
+def test_a_load_that_is_given_up_ends_though_all_of_the_ring_is_in_use(
+    tmp_path: Path, shape: ModelShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the tokenizer cannot be read: what has been read waits for the caller."""
+    save_file(hub_tensors(shape, NEW, torch.bfloat16), tmp_path / "model.safetensors")
+    ending = ThreadPoolExecutor.shutdown
+
+    def late(pool: ThreadPoolExecutor, **how: bool) -> None:
+        time.sleep(0.2)  # the reading thread is quicker
+        ending(pool, **how)
+
+    pending = weights.begin(tmp_path, shape, torch.float32, CPU)
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", late)
+    closing = threading.Thread(target=pending.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive()
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])

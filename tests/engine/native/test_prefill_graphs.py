@@ -244,6 +244,26 @@ def test_features_of_one_picture_stay_when_the_next_is_encoded(checkpoint):
     assert not torch.equal(first.embeds, second.embeds)
 
 
+def test_a_layout_that_found_no_memory_is_not_taken_for_the_one_before(checkpoint, monkeypatch):
+    with NativeEngine(engine_config(checkpoint("qwen3_vl"), engine=EngineName.NATIVE)) as engine:
+        graphs, model = graphed(engine), engine._generation._model
+
+        def encode(*grid: int) -> torch.Tensor:
+            patches = torch.ones(grid[1] * grid[2], model.shape.vision.patch_elements)
+            with torch.inference_mode():
+                return graphs.encode_images(patches, [grid]).embeds
+
+        def no_memory(*_: object) -> None:
+            raise torch.OutOfMemoryError("simulated")
+
+        before = encode(1, 4, 4)
+        with monkeypatch.context() as patch:
+            patch.setattr(prefill_graphs, "upload", no_memory)
+            with pytest.raises(torch.OutOfMemoryError):
+                encode(1, 8, 2)
+        assert torch.equal(encode(1, 4, 4), before)
+
+
 def test_a_request_that_failed_in_the_middle_of_a_prompt_harms_no_later_one(
     checkpoint, monkeypatch
 ):
