@@ -23,7 +23,7 @@ from qwencli.engine.cache import kv_cache
 from qwencli.engine.frontend.model_files import ModelFiles, open_model
 from qwencli.engine.loading import weights
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.native.prompt_inputs import ModelPrompt
 from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.engine.quant.quantized_tensor import LARGEST, Scheme, quantize_rows
 from qwencli.messages import ImagePart, user_message
@@ -58,7 +58,7 @@ def caption_logits(model: QwenModel, files: ModelFiles, item: HeldOutItem) -> Te
     assert prompt.inputs is not None, "there is a picture"
     patches = torch.as_tensor(prompt.inputs.patches[0]).to(model.dtype)
     features = model.encode_images(patches, prompt.grid_thw)
-    inputs = model.prepare([Prompt(prompt.input_ids, prompt.visuals)], features)
+    inputs = model.prepare([ModelPrompt(prompt.input_ids, prompt.visuals)], features)
     cache = model.static_cache()
     rows = [model.prefill(inputs, cache)[0]]
     for step, token in enumerate(files.prompts.tokenizer.encode(item.caption)):

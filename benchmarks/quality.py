@@ -38,7 +38,7 @@ from qwencli.engine.factory import create_engine
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.loading import weights
 from qwencli.engine.native.engine import NativeEngine
-from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
+from qwencli.engine.native.prompt_inputs import ModelPrompt
 from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.engine.ops.decoder_ops import Matrix
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor

@@ -15,8 +15,7 @@ from qwencli.engine.event_timer import Mark
 from qwencli.engine.frontend.preprocess import Visual
 from qwencli.engine.frontend.prompt import Prompt
 from qwencli.engine.layers.vision_tower import PIECE, VisionFeatures, VisionPass
-from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
-from qwencli.engine.native.prompt_inputs import PromptPositions, lay_out
+from qwencli.engine.native.prompt_inputs import ModelPrompt, PromptPositions, lay_out
 from qwencli.errors import InputError
 from qwencli.models.shapes import ModelShape
 

@@ -24,7 +24,7 @@ from qwencli.engine.kernels.fused_ops import FusedOps, Launch, fused_ops
 from qwencli.engine.loading import weights
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.native.prompt_inputs import ModelPrompt
 from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.engine.quant.quantized_tensor import Scheme, quantize
 from qwencli.messages import GenerationRequest, user_message
@@ -161,7 +161,7 @@ def wide_model(fused, quantization=Quantization.NONE):
 def test_a_prompt_takes_no_more_memory_than_one_matrix_read_back(quantization):
     model = wide_model(functools.partial(fused_ops, own_attention=True), quantization)
     cache = model.static_cache()
-    inputs = model.prepare([Prompt([5, 6, 7, 8])])
+    inputs = model.prepare([ModelPrompt([5, 6, 7, 8])])
     model.prefill(inputs, cache)  # compiles, and cuBLAS takes its workspace
     cache.length = 0
     torch.cuda.synchronize()

@@ -160,10 +160,10 @@ def test_bfloat16_is_no_further_from_float32_than_transformers_is(checkpoint):
                 if engine_class is TransformersEngine:
                     out = engine._model(input_ids=torch.tensor([ids], device="cuda")).logits[0, -1]
                 else:
-                    from qwencli.engine.native.prompt_inputs import Prompt
+                    from qwencli.engine.native.prompt_inputs import ModelPrompt
 
                     model = engine._generation._model
-                    inputs = model.prepare([Prompt(ids)])
+                    inputs = model.prepare([ModelPrompt(ids)])
                     out = model.prefill(inputs, model.static_cache())[0]
             return out.float().log_softmax(-1).cpu()
 

@@ -10,7 +10,7 @@ import torch
 from qwencli.engine.kernels.fused_ops import fused_ops
 from qwencli.engine.loading import weights
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.native.prompt_inputs import ModelPrompt
 from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.models.quant_formats import packed_format
 from qwencli.models.shape_reader import read_shape
@@ -30,7 +30,7 @@ WIDE = TEXT | {
 @torch.inference_mode()
 def logits_of(loaded, config, fused):
     model = QwenModel(read_shape(config), loaded, 64, fused=fused)
-    inputs = model.prepare([Prompt([5, 9, 33, 70, 2, 41], [])])
+    inputs = model.prepare([ModelPrompt([5, 9, 33, 70, 2, 41], [])])
     cache = model.static_cache()
     model.prefill(inputs, cache)
     plan = AttentionPlan(cache.length + 1, None)

@@ -13,7 +13,7 @@ from qwencli.engine.layers.vision_tower import VisionTower
 from qwencli.engine.loading import weights
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prefill_graphs import PrefillGraphs
-from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.native.prompt_inputs import ModelPrompt
 from qwencli.models.shape_reader import read_shape
 from tests.checkpoints import VISION_FAMILIES, hub_config
 
@@ -95,7 +95,7 @@ def test_a_size_that_comes_first_gives_the_bits_of_its_graph(kernels):
     graphs = PrefillGraphs(model, cache, 1100)
     graphs.at_once = False
     patches = torch.randn(384, shape.vision.patch_elements, device=CUDA, dtype=torch.bfloat16)
-    prompt = model.prepare([Prompt(list(range(3, 203)))])
+    prompt = model.prepare([ModelPrompt(list(range(3, 203)))])
     features, logits, counts = [], [], []
     for _ in range(3):
         cache.truncate(0)

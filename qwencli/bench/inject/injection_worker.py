@@ -17,10 +17,10 @@ from qwencli.bench.causes import Cause
 from qwencli.bench.inject.confusion import NONE, TRUTH_COLUMNS, rows_of
 from qwencli.bench.inject.faults import KINDS, Fault
 from qwencli.bench.run import worker
-from qwencli.bench.run.worker import EngineWrapper
 from qwencli.bench.storage.row_file import RowFile
 from qwencli.config import EngineConfig
 from qwencli.engine.factory import create_engine
+from qwencli.engine.instruments.engine_wrapper import EngineWrapper
 from qwencli.engine.protocol import Engine
 from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationChunk

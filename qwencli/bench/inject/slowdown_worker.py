@@ -14,10 +14,10 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from qwencli.bench.run import worker
-from qwencli.bench.run.worker import EngineWrapper
 from qwencli.config import EngineConfig
 from qwencli.engine.factory import create_engine
 from qwencli.engine.instruments import disturbances
+from qwencli.engine.instruments.engine_wrapper import EngineWrapper
 from qwencli.engine.protocol import Engine
 from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationChunk

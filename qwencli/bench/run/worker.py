@@ -20,10 +20,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any, Self
+from typing import Any
 
 from qwencli.bench.measure import probe_overhead
 from qwencli.bench.measure.host_probe import HostProbe, TokenProbe
@@ -36,7 +36,7 @@ from qwencli.engine.factory import create_engine
 from qwencli.engine.instruments.kernel_trace import trace_kernels
 from qwencli.engine.machine.child_process import end_with_parent
 from qwencli.engine.machine.device import memory_stats, reset_peak_memory
-from qwencli.engine.protocol import Engine, ManyRequests, drain
+from qwencli.engine.protocol import Engine
 from qwencli.engine.resolve import resolve_device
 from qwencli.errors import (
     MissingDependencyError,
@@ -46,7 +46,7 @@ from qwencli.errors import (
     UnsupportedModeError,
 )
 from qwencli.messages import GenerationRequest, ImagePart, user_message
-from qwencli.results import EffectiveConfig, GenerationChunk, GenerationResult, Speculation
+from qwencli.results import GenerationResult, Speculation
 from qwencli.tracing import active, tracing
 
 MakeEngine = Callable[[EngineConfig], Engine]
@@ -62,68 +62,6 @@ _STATUS: tuple[tuple[type[QwenCliError], str], ...] = (
     (MissingDependencyError, "skipped"),
     (OutOfMemoryError, "oom"),
 )
-
-
-class EngineWrapper(ManyRequests):
-    """An `Engine` that answers as the one inside does; subclasses disturb it."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.config = engine.config
-        self._engine = engine
-
-    @property
-    def effective(self) -> EffectiveConfig:
-        return self._engine.effective
-
-    @property
-    def load_s(self) -> float:
-        return self._engine.load_s
-
-    @property
-    def max_seq_len(self) -> int | None:
-        return self._engine.max_seq_len
-
-    @property
-    def model_type(self) -> str | None:
-        return self._engine.model_type
-
-    @property
-    def can_think(self) -> bool | None:
-        return self._engine.can_think
-
-    @property
-    def load_warnings(self) -> tuple[str, ...]:
-        return self._engine.load_warnings
-
-    def stop_load(self) -> None:
-        self._engine.stop_load()
-
-    @property
-    def weights_read(self) -> tuple[int, int]:
-        return self._engine.weights_read
-
-    @property
-    def memory_plan(self) -> Mapping[str, int]:
-        return self._engine.memory_plan
-
-    def load(self) -> None:
-        self._engine.load()
-
-    def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
-        return self._engine.stream(request)
-
-    def generate(self, request: GenerationRequest) -> GenerationResult:
-        return drain(self.stream(request))
-
-    def close(self) -> None:
-        self._engine.close()
-
-    def __enter__(self) -> Self:
-        self.load()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 def run_cell(

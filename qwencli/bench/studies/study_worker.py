@@ -21,11 +21,11 @@ from typing import Any
 
 from qwencli.bench.inject.contention import PeakMemory
 from qwencli.bench.run import worker
-from qwencli.bench.run.worker import EngineWrapper
 from qwencli.bench.storage.row_file import RowFile
 from qwencli.bench.studies.conditions import CONDITIONS, PLAIN, ConditionContext, Load
 from qwencli.config import EngineConfig
 from qwencli.engine.factory import create_engine
+from qwencli.engine.instruments.engine_wrapper import EngineWrapper
 from qwencli.engine.protocol import Engine
 from qwencli.messages import GenerationRequest
 from qwencli.results import GenerationChunk

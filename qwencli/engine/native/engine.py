@@ -87,7 +87,7 @@ if TYPE_CHECKING:
 
 
 # How long the end of an engine waits for quantized weights to be on disk.
-KEEPING_S = 10.0
+CACHE_WRITE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,12 @@ class NativeEngine(BaseEngine):
         self._vision_cache = VisionCache()
         self._pool: dict[str, int] = {}
         # What kernels depend on, where they can be compiled ahead; and where they run.
-        self._planned: PlannedModel | None = None
-        self._place = torch.device("cpu")
-        self._keeping: BackgroundWriter | None = None
+        self._kernel_plan: PlannedModel | None = None
+        self._torch_device = torch.device("cpu")
+        self._cache_writer: BackgroundWriter | None = None
         self._pinning: threading.Thread | None = None
         # What steps gave others while a stream ran.
-        self._of_others: list[StepOutput] = []
+        self._outputs_of_others: list[StepOutput] = []
 
     @property
     def max_seq_len(self) -> int:
@@ -161,7 +161,7 @@ class NativeEngine(BaseEngine):
         try:
             while not over:
                 outputs = self._step_of_rows()
-                self._of_others += [each for each in outputs if each.request != number]
+                self._outputs_of_others += [each for each in outputs if each.request != number]
                 for output in (each for each in outputs if each.request == number):
                     if output.error is not None:
                         raise output.error
@@ -173,14 +173,16 @@ class NativeEngine(BaseEngine):
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._of_others) or super().has_unfinished
+        return bool(self._outputs_of_others) or super().has_unfinished
 
     def step(self) -> list[StepOutput]:
-        found, self._of_others = self._of_others, []
+        found, self._outputs_of_others = self._outputs_of_others, []
         return found or self._step_of_rows()
 
     def abort(self, request: RequestId) -> None:
-        self._of_others = [each for each in self._of_others if each.request != request]
+        self._outputs_of_others = [
+            each for each in self._outputs_of_others if each.request != request
+        ]
         super().abort(request)
 
     def _step_of_rows(self) -> list[StepOutput]:
@@ -245,9 +247,9 @@ class NativeEngine(BaseEngine):
             self.config.attention, EngineName.NATIVE, shape, dtype, device
         )
         place, torch_dtype = torch.device(device), getattr(torch, dtype.value)
-        self._planned = self._plan_of_kernels(kernels, shape, torch_dtype, packed)
-        self._place = place
-        compiling = self._compiling(rows=0)
+        self._kernel_plan = self._plan_kernels(kernels, shape, torch_dtype, packed)
+        self._torch_device = place
+        compiling = self._begin_kernels(rows=0)
         fused = fused_for(kernels, self.config.attention)
         left_to_us = self.config.attention is Attention.AUTO
 
@@ -330,7 +332,7 @@ class NativeEngine(BaseEngine):
                 compiling.wait()
             warnings += compiling.notes()
         self._warnings = tuple(warnings)
-        self._keep(loaded.keeping, cache)
+        self._begin_cache_write(loaded.keeping, cache)
         return files, effective
 
     def _shape_of(self, found: FoundModel) -> ModelShape:
@@ -349,7 +351,7 @@ class NativeEngine(BaseEngine):
             wanted = found.folder is None or has_draft_head(found.stored)
         return shape.with_draft_head() if wanted else shape
 
-    def _keep(self, writer: CacheWriter | None, cache: Cache) -> None:
+    def _begin_cache_write(self, writer: CacheWriter | None, cache: Cache) -> None:
         """Begin to write what this load has quantized."""
         if writer is None:
             return
@@ -359,13 +361,13 @@ class NativeEngine(BaseEngine):
             return
         from qwencli.engine.loading.weight_cache import BackgroundWriter
 
-        self._keeping = BackgroundWriter(writer, self._place)
+        self._cache_writer = BackgroundWriter(writer, self._torch_device)
         if cache is Cache.STATIC_COMPILE:
-            self._end_keeping(None)  # torch captures its graphs such that no thread may copy
+            self._end_cache_write(None)  # torch captures its graphs such that no thread may copy
 
-    def _end_keeping(self, wait_s: float | None) -> None:
-        keeping, self._keeping = self._keeping, None
-        warning = None if keeping is None else keeping.end(wait_s)
+    def _end_cache_write(self, wait_s: float | None) -> None:
+        writer, self._cache_writer = self._cache_writer, None
+        warning = None if writer is None else writer.end(wait_s)
         self._warnings += () if warning is None else (warning,)
 
     def warm_kernels(self) -> WarmedKernels:
@@ -388,17 +390,17 @@ class NativeEngine(BaseEngine):
             raise UnsupportedModeError(warnings[0])
         from qwencli.engine.native.kernel_cache import use_folder_of
 
-        self._place = torch.device(device)
+        self._torch_device = torch.device(device)
         dtype = resolve_dtype(self.config.dtype, device, found.checkpoint_dtype)
-        self._planned = self._plan_of_kernels(kernels, shape, getattr(torch, dtype.value), None)
+        self._kernel_plan = self._plan_kernels(kernels, shape, getattr(torch, dtype.value), None)
         ready = compiled = 0
         for rows in (0, BATCH_LIMITS["cuda"].max_rows):
-            loading = self._compiling(rows)
+            loading = self._begin_kernels(rows)
             assert loading is not None, "there is a plan"
             loading.wait()
             ready, compiled = loading.num_kernels, compiled + loading.num_compiled
             warnings += loading.notes()
-        folder = str(use_folder_of(self._place))
+        folder = str(use_folder_of(self._torch_device))
         seconds = time.perf_counter() - started
         return WarmedKernels(folder, ready, compiled, seconds, tuple(warnings))
 
@@ -439,10 +441,10 @@ class NativeEngine(BaseEngine):
 
             kept = cache_file(folder, mode, str(dtype).removeprefix("torch."))
         return weights.begin(
-            folder, shape, dtype, self._place, mode, packed, kept, self._bytes_read
+            folder, shape, dtype, self._torch_device, mode, packed, kept, self._bytes_read
         )
 
-    def _plan_of_kernels(
+    def _plan_kernels(
         self, kernels: Kernels, shape: ModelShape, dtype: torch.dtype, packed: PackedFormat | None
     ) -> PlannedModel | None:
         if kernels is not Kernels.TRITON or packed is not None:
@@ -460,14 +462,14 @@ class NativeEngine(BaseEngine):
             config.batch_invariant,
         )
 
-    def _compiling(self, rows: int) -> KernelLoader | None:
+    def _begin_kernels(self, rows: int) -> KernelLoader | None:
         """Begin to have all kernels ready that batches of so many rows need, or with 0 lone
         requests; None where it is not known which: of pre-quantized checkpoints."""
-        if self._planned is None:
+        if self._kernel_plan is None:
             return None
         from qwencli.engine.native.kernel_loader import KernelLoader
 
-        return KernelLoader(replace(self._planned, rows=rows), self._place)
+        return KernelLoader(replace(self._kernel_plan, rows=rows), self._torch_device)
 
     def _packed(self, found: FoundModel) -> PackedFormat | None:
         """How the checkpoint is quantized already. Random weights never are."""
@@ -501,7 +503,7 @@ class NativeEngine(BaseEngine):
             yield from self._generation.step_logits(token_ids)
 
     def _release(self) -> None:
-        self._end_keeping(KEEPING_S)
+        self._end_cache_write(CACHE_WRITE_S)
         self._generation = self._model = None
         self._vision_cache.clear()
         if self.effective.cache == Cache.STATIC_COMPILE:
@@ -518,7 +520,7 @@ class NativeEngine(BaseEngine):
         )
         if not batches:
             return super()._make_queue()
-        compiling = self._compiling(BATCH_LIMITS["cuda"].max_rows)
+        compiling = self._begin_kernels(BATCH_LIMITS["cuda"].max_rows)
         from qwencli.engine.cache.paged_kv import PagePool
         from qwencli.engine.cache.recurrent_state import SnapshotPool
         from qwencli.engine.engine_core import EngineCore

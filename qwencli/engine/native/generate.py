@@ -16,7 +16,7 @@ from qwencli.engine.layers.vision_tower import VisionFeatures, join_features
 from qwencli.engine.native.decode_state import DecodeState, Stepper
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prefill_graphs import PrefillGraphs, PrefillRunner
-from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
+from qwencli.engine.native.prompt_inputs import ModelPrompt
 from qwencli.engine.native.sampler import LIKELIEST, SamplerKind, kind_of
 from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.engine.request import Key

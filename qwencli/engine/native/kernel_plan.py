@@ -25,7 +25,7 @@ from qwencli.engine.loading import weights
 from qwencli.engine.native.batch_plan import BATCH_LIMITS
 from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.model import PREFILL_CHUNK, QwenModel
-from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.native.prompt_inputs import ModelPrompt
 from qwencli.engine.native.sampler import SamplerKind
 from qwencli.engine.native.supported import batch_invariant_for, fused_for, quantizer_for
 from qwencli.engine.ops.next_tokens import RowBuffers
@@ -258,7 +258,7 @@ def _lone_passes(planned: PlannedModel, model: QwenModel) -> Iterator[PlannedPas
 
 
 def _prefill(model: QwenModel) -> None:
-    model.prefill(model.prepare([Prompt([0] * PROMPT_TOKENS)]), model.static_cache())
+    model.prefill(model.prepare([ModelPrompt([0] * PROMPT_TOKENS)]), model.static_cache())
 
 
 def _prompt_products(model: QwenModel, tokens: int) -> None:

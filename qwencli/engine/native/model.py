@@ -26,7 +26,7 @@ from qwencli.engine.layers.decoder import Decoder, DeepStack
 from qwencli.engine.layers.vision_layout import Grid
 from qwencli.engine.layers.vision_tower import VisionFeatures, VisionTower
 from qwencli.engine.loading import weights as loader
-from qwencli.engine.native.prompt_inputs import Prompt, PromptInputs, prompt_inputs
+from qwencli.engine.native.prompt_inputs import ModelPrompt, PromptInputs, prompt_inputs
 from qwencli.engine.ops.attention import ATTENTION, AttentionPlan, can_flash_decode, prompt_plan
 from qwencli.engine.ops.decoder_ops import REFERENCE_OPS, DecoderOps, Step, paged_ops, prompt_ops
 from qwencli.engine.ops.paged_attention import decode_slots
@@ -196,7 +196,7 @@ class QwenModel:
         return self.vision.encode(patches, grids)
 
     def prepare(
-        self, prompts: Sequence[Prompt], features: VisionFeatures | None = None
+        self, prompts: Sequence[ModelPrompt], features: VisionFeatures | None = None
     ) -> PromptInputs:
         """Lay out prompts with the features of all their images, in the order of their tokens.
 

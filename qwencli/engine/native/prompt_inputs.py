@@ -121,7 +121,7 @@ def _mismatch(shape: ModelShape, tokens: torch.Tensor, visual: Visual, count: in
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ModelPrompt:
     """One prompt: its token ids, and its images and videos in the order of their tokens."""
 
     ids: Sequence[int]
@@ -180,7 +180,7 @@ class PromptInputs:
         return places, embeds, deepstack
 
 
-def lay_out(shape: ModelShape, prompt: Prompt) -> PromptPositions:
+def lay_out(shape: ModelShape, prompt: ModelPrompt) -> PromptPositions:
     """Where a prompt's tokens and pictures are.
 
     Raises:
@@ -199,7 +199,7 @@ def lay_out(shape: ModelShape, prompt: Prompt) -> PromptPositions:
 
 def prompt_inputs(
     shape: ModelShape,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[ModelPrompt],
     features: VisionFeatures | None,
     device: torch.device,
 ) -> PromptInputs:

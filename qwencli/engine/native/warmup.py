@@ -21,7 +21,7 @@ from qwencli.engine.loading import weights
 from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prefill_graphs import PrefillGraphs, PrefillRunner
-from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.native.prompt_inputs import ModelPrompt
 from qwencli.models.shapes import ModelShape
 from qwencli.models.tensors import specs
 from qwencli.tracing import span
@@ -136,7 +136,7 @@ class WarmUp:
             visuals.append(visual)
         if cache is None:
             return  # of models that run in rows alone, the picture is most of it
-        inputs = model.prepare([Prompt(ids, visuals)], features)
+        inputs = model.prepare([ModelPrompt(ids, visuals)], features)
         logits = runner.prefill(inputs, cache)
         state = DecodeState(model, cache, SLOTS)
         for sampling in SAMPLINGS:

@@ -16,7 +16,7 @@ from qwencli.engine.loading import weights
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.memory_plan import plan_memory
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.native.prompt_inputs import ModelPrompt
 from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.engine.quant.quantized_tensor import Scheme, quantize_rows
 from qwencli.errors import UnsupportedModeError
@@ -82,7 +82,7 @@ def logits(kv: Scheme | None) -> torch.Tensor:
     """After a prompt of 20 tokens, and after one more."""
     own = model(kv)
     cache = own.static_cache()
-    prompt = own.prepare([Prompt([int(i) for i in range(3, 23)])])
+    prompt = own.prepare([ModelPrompt([int(i) for i in range(3, 23)])])
     first = own.prefill(prompt, cache)
     at = torch.tensor([20])
     second = own.decode_step(torch.tensor([9]), at, at, cache, AttentionPlan(21, None))

@@ -15,7 +15,7 @@ from qwencli.engine.cpu.attention import GRAIN
 from qwencli.engine.cpu.decoder import CpuDecoder
 from qwencli.engine.loading import weights
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.native.prompt_inputs import ModelPrompt
 from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.models.shape_reader import read_shape
 from tests.engine.native import tiny
@@ -72,7 +72,7 @@ def test_steps_equal_the_reference(family: str, attention: Attention, case: tiny
             layer.fill_(9.0)  # what another request left behind
         # A long prompt, whose steps cross two lengths of views, and then a short one.
         for length, steps in ((2 * GRAIN - 2, GRAIN + 4), (3, 4)):
-            inputs = model.prepare([Prompt(range(1, length + 1))])
+            inputs = model.prepare([ModelPrompt(range(1, length + 1))])
             for cache in caches:
                 cache.truncate(0)
                 model.prefill(inputs, cache)

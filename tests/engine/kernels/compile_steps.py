@@ -53,7 +53,7 @@ from qwencli.engine.kernels.launches import KernelLaunch, compile_described
 from qwencli.engine.loading import weights
 from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.native.prompt_inputs import ModelPrompt
 from qwencli.engine.ops import gated_delta as delta
 from qwencli.engine.ops.decoder_ops import Matrix, RMSNorm
 from qwencli.engine.ops.moe import Routing
@@ -387,7 +387,7 @@ def main(config: dict[str, Any]) -> None:
                 about |= {"tokens": 1, "rows": rows}
                 steps_of_rows(model, rows)
             about |= {"tokens": 40, "rows": 1}
-            model.prefill(model.prepare([Prompt([1] * 40)]), model.static_cache())
+            model.prefill(model.prepare([ModelPrompt([1] * 40)]), model.static_cache())
 
 
 if __name__ == "__main__":

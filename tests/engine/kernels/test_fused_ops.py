@@ -18,7 +18,7 @@ from qwencli.engine.kernels.tiles import AttentionTiles, GemvTiles, MatrixKind
 from qwencli.engine.loading import weights
 from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.model import Fused, QwenModel
-from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.native.prompt_inputs import ModelPrompt
 from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.models.shape_reader import read_shape
 from tests.engine.native.tiny import CASES, VOCAB, configs
@@ -66,7 +66,7 @@ def _generator() -> torch.Generator:
 @torch.inference_mode()
 def logits_of(model: QwenModel, length: int, steps: int) -> torch.Tensor:
     """Logits [steps, V] of steps fed with fixed tokens after a prompt of `length`."""
-    inputs = model.prepare([Prompt(prompt_of(length), [])])
+    inputs = model.prepare([ModelPrompt(prompt_of(length), [])])
     cache = model.static_cache()
     model.prefill(inputs, cache)
     positions = inputs.next_positions.clone()
@@ -130,7 +130,7 @@ def test_quantized_steps_give_the_logits_of_the_matrices_read_back(
 
 @torch.inference_mode()
 def tokens_of(model: QwenModel, sampling: SamplingParams, stop_ids: list[int]) -> DecodeState:
-    inputs = model.prepare([Prompt(prompt_of(20), [])])
+    inputs = model.prepare([ModelPrompt(prompt_of(20), [])])
     state = DecodeState(model, model.static_cache(), SLOTS)
     state.begin(sampling, inputs.ids[0], stop_ids, inputs.next_positions)
     state.sample_first(model.prefill(inputs, state.cache))

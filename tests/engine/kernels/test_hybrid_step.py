@@ -15,7 +15,7 @@ from qwencli.engine.event_timer import EventTimer
 from qwencli.engine.kernels.fused_ops import fused_ops
 from qwencli.engine.loading import weights
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prompt_inputs import Prompt, lay_out
+from qwencli.engine.native.prompt_inputs import ModelPrompt, lay_out
 from qwencli.engine.request import PromptChunk, Sequence
 from qwencli.engine.runner import ModelRunner
 from qwencli.engine.runner_prompt import RunnerPrompt
@@ -84,7 +84,7 @@ def requests_of(
     for row, ids in enumerate(texts):
         pages = list(range(first, first + pages_for(len(ids) + new_tokens)))
         first += len(pages)
-        layout = lay_out(shape, Prompt([0] * len(ids)))
+        layout = lay_out(shape, ModelPrompt([0] * len(ids)))
         prompts.append(RunnerPrompt(torch.tensor(ids), layout, (), sampling, ()))
         sequences.append(Sequence(row, len(ids), new_tokens, row=row, pages=pages, state=row + 1))
     return sequences, prompts

@@ -9,7 +9,7 @@ import torch
 
 from qwencli.engine.loading import weights
 from qwencli.engine.native.model import Fused, QwenModel
-from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.native.prompt_inputs import ModelPrompt
 from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.models.quant_formats import packed_format
 from qwencli.models.shape_reader import read_shape
@@ -42,7 +42,7 @@ def loaded_from(folder: Path, name: str) -> weights.LoadedWeights:
 @torch.inference_mode()
 def logits_of(loaded: weights.LoadedWeights, fused: Fused | None) -> torch.Tensor:
     model = QwenModel(read_shape(TEXT), loaded, SLOTS, fused=fused)
-    inputs = model.prepare([Prompt([5, 9, 33, 70, 2, 41], [])])
+    inputs = model.prepare([ModelPrompt([5, 9, 33, 70, 2, 41], [])])
     cache = model.static_cache()
     model.prefill(inputs, cache)
     plan = AttentionPlan(cache.length + 1, None)

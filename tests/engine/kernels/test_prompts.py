@@ -9,7 +9,7 @@ import torch
 
 from qwencli.config import Quantization
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.native.prompt_inputs import ModelPrompt
 from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.engine.ops.decoder_ops import prompt_ops, qk_norm_rope_store
 from qwencli.engine.quant.quantized_tensor import QuantizedTensor
@@ -21,7 +21,7 @@ MODES = [mode for mode in Quantization if mode is not Quantization.NONE]
 def prefilled(model: QwenModel, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits, and keys and values of all layers, of prompts of equal length."""
     cache = model.static_cache(len(prompts))
-    logits = model.prefill(model.prepare([Prompt(prompt) for prompt in prompts]), cache)
+    logits = model.prefill(model.prepare([ModelPrompt(prompt) for prompt in prompts]), cache)
     return logits, torch.stack(list(cache.layers))
 
 

@@ -11,7 +11,7 @@ from qwencli.engine.cache.kv_cache import QuantizedKVCache
 from qwencli.engine.kernels import fused_ops as fused_module
 from qwencli.engine.kernels.tiles import AttentionTiles
 from qwencli.engine.native.model import Fused
-from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.native.prompt_inputs import ModelPrompt
 from qwencli.engine.ops.attention import AttentionPlan, decode_mask
 from qwencli.engine.ops.decoder_ops import Step
 from qwencli.engine.quant.quantized_tensor import Scheme
@@ -34,7 +34,7 @@ def answer(
     """Logits [S, V] of two steps of `size` tokens after the prompt, and the cache."""
     model = model_of(shape, fused)
     model.kv = scheme
-    inputs = model.prepare([Prompt(prompt)])
+    inputs = model.prepare([ModelPrompt(prompt)])
     cache = model.static_cache()
     model.prefill(inputs, cache)
     positions, rows = inputs.next_positions.clone(), []

@@ -18,7 +18,7 @@ from qwencli.engine.kernels.skinny_gemm import Epilogue, SkinnyGemm
 from qwencli.engine.kernels.tiles import AttentionTiles, GemvTiles, MatrixKind
 from qwencli.engine.native.decode_state import DecodeState
 from qwencli.engine.native.model import Fused, QwenModel
-from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.native.prompt_inputs import ModelPrompt
 from qwencli.engine.native.sampler import SamplerKind
 from qwencli.engine.ops.attention import AttentionPlan, decode_mask
 from qwencli.engine.ops.decoder_ops import RMSNorm
@@ -71,7 +71,7 @@ def logits_of(
     model: QwenModel, prompts: list[list[int]], tokens: list[list[int]], size: int
 ) -> torch.Tensor:
     """Logits [B, S, V] of `tokens` fed `size` at a time after prompts of equal length."""
-    inputs = model.prepare([Prompt(prompt) for prompt in prompts])
+    inputs = model.prepare([ModelPrompt(prompt) for prompt in prompts])
     cache = model.static_cache(len(prompts))
     model.prefill(inputs, cache)
     positions = inputs.next_positions.clone()
@@ -234,7 +234,7 @@ def test_checked_steps_choose_and_draft_what_the_plain_operators_do(
     states = []
     for kind in (None, fused):
         model = model_of(config(4, 2, 64), kind)
-        inputs = model.prepare([Prompt(prompt)])
+        inputs = model.prepare([ModelPrompt(prompt)])
         state = DecodeState(model, model.static_cache(), SLOTS, with_drafts=True)
         state.begin(sampling, inputs.ids[0], [], inputs.next_positions)
         state.kind = SamplerKind.GREEDY

@@ -11,7 +11,7 @@ from qwencli.config import Attention
 from qwencli.engine.frontend.preprocess import Visual
 from qwencli.engine.layers.vision_tower import join_features
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prompt_inputs import Prompt, PromptInputs
+from qwencli.engine.native.prompt_inputs import ModelPrompt, PromptInputs
 from qwencli.models.shape_reader import read_shape
 from tests.engine.native.tiny import IMAGE, VIDEO, Row
 
@@ -71,7 +71,7 @@ def native_inputs(model: QwenModel, rows: list[Row], patches: list[torch.Tensor]
         for patch, picture in zip(patches, pictures, strict=True)
     ]
     prompts = [
-        Prompt(
+        ModelPrompt(
             row.ids(model.shape.split_video_frames),
             [Visual(picture.grid, picture.video, picture.seconds) for picture in row.pictures],
         )

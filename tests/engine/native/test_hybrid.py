@@ -14,7 +14,7 @@ from qwencli.engine.cache.paged_kv import DecodePages, pages_for
 from qwencli.engine.cache.prefix_cache import VisionCache
 from qwencli.engine.native.generate import row_logits
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prompt_inputs import Prompt, lay_out
+from qwencli.engine.native.prompt_inputs import ModelPrompt, lay_out
 from qwencli.engine.request import PromptChunk, Sequence
 from qwencli.engine.runner import ModelRunner
 from qwencli.engine.runner_prompt import RunnerPrompt
@@ -100,7 +100,7 @@ def runner_of(model: QwenModel) -> ModelRunner:
 
 
 def prompt_of(model: QwenModel, ids: list[int]) -> RunnerPrompt:
-    layout = lay_out(model.shape, Prompt(ids))
+    layout = lay_out(model.shape, ModelPrompt(ids))
     return RunnerPrompt(torch.tensor(ids), layout, (), SamplingParams(do_sample=False), ())
 
 

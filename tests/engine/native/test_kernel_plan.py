@@ -17,7 +17,7 @@ from qwencli.engine.loading import weights
 from qwencli.engine.native.decode_state import DecodeState, EagerStepper
 from qwencli.engine.native.kernel_plan import PlannedModel, plan_kernels
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prompt_inputs import Prompt as ModelPrompt
+from qwencli.engine.native.prompt_inputs import ModelPrompt
 from qwencli.engine.native.sampler import SamplerKind
 from qwencli.engine.native.supported import fused_for
 from qwencli.engine.request import PromptChunk, Sequence

@@ -12,7 +12,7 @@ from qwencli.engine.frontend.preprocess import Visual
 from qwencli.engine.layers.vision_tower import join_features
 from qwencli.engine.loading import weights
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prompt_inputs import Prompt, PromptInputs
+from qwencli.engine.native.prompt_inputs import ModelPrompt, PromptInputs
 from qwencli.engine.ops.attention import AttentionPlan, decode_mask
 from qwencli.errors import InputError
 from qwencli.models.shape_reader import read_shape
@@ -43,7 +43,7 @@ def prompt(model: QwenModel) -> PromptInputs:
         model.encode_images(torch.randn(t * h * w, model.vision.shape.patch_elements), [(t, h, w)])
         for t, h, w in GRIDS
     ]
-    return model.prepare([Prompt(IDS, [Visual(grid) for grid in GRIDS])], join_features(parts))
+    return model.prepare([ModelPrompt(IDS, [Visual(grid) for grid in GRIDS])], join_features(parts))
 
 
 @pytest.fixture(scope="module", params=[qwen3_vl(), qwen2_5_vl()], ids=["qwen3_vl", "qwen2_5_vl"])
@@ -73,7 +73,7 @@ def test_a_step_equals_the_prompt_that_holds_its_token(model: QwenModel, cache: 
     inputs = prompt(model)
     step = decode(model, inputs, cache, torch.tensor([[42, 0]]))[1]
     features = inputs.features
-    longer = model.prepare([Prompt([*IDS, 42], [Visual(grid) for grid in GRIDS])], features)
+    longer = model.prepare([ModelPrompt([*IDS, 42], [Visual(grid) for grid in GRIDS])], features)
     whole = model.prefill(longer, model.static_cache())
     torch.testing.assert_close(step, whole, atol=1e-4, rtol=0)
 
@@ -109,7 +109,7 @@ def test_a_bucket_with_a_mask_equals_the_exact_length(model: QwenModel) -> None:
 
 @torch.inference_mode()
 def test_padded_rows_answer_as_they_do_alone(model: QwenModel) -> None:
-    prompts = [Prompt([1, 2, 3]), Prompt([4, 5, 6, 7, 8, 9, 10]), Prompt([11])]
+    prompts = [ModelPrompt([1, 2, 3]), ModelPrompt([4, 5, 6, 7, 8, 9, 10]), ModelPrompt([11])]
     tokens = torch.tensor([[3, 1, 4, 1], [5, 9, 2, 6], [5, 3, 5, 8]])
     together = decode(model, model.prepare(prompts), model.static_cache(3), tokens)
     for row, alone in enumerate(prompts):
@@ -154,17 +154,17 @@ def test_decoding_allocates_no_cache_and_leaves_the_inputs_alone(model: QwenMode
 @pytest.mark.parametrize(
     ("prompts", "said"),
     [
-        ([Prompt([])], "prompt is empty"),
-        ([Prompt([1]), Prompt([])], "prompt is empty"),
-        ([Prompt([1, 300])], "outside the vocabulary"),
-        ([Prompt([-1])], "outside the vocabulary"),
-        ([Prompt([1] * 96)], "has 96 tokens, the cache holds 96"),
-        ([Prompt([1, IMAGE])], "has 1 image tokens"),
-        ([Prompt([1, IMAGE], [Visual((1, 2, 2))])], "images were encoded to 0"),
+        ([ModelPrompt([])], "prompt is empty"),
+        ([ModelPrompt([1]), ModelPrompt([])], "prompt is empty"),
+        ([ModelPrompt([1, 300])], "outside the vocabulary"),
+        ([ModelPrompt([-1])], "outside the vocabulary"),
+        ([ModelPrompt([1] * 96)], "has 96 tokens, the cache holds 96"),
+        ([ModelPrompt([1, IMAGE])], "has 1 image tokens"),
+        ([ModelPrompt([1, IMAGE], [Visual((1, 2, 2))])], "images were encoded to 0"),
     ],
 )
 def test_prompts_that_cannot_run_are_refused(
-    model: QwenModel, prompts: list[Prompt], said: str
+    model: QwenModel, prompts: list[ModelPrompt], said: str
 ) -> None:
     with pytest.raises(InputError, match=said):
         model.prepare(prompts)

@@ -207,7 +207,7 @@ def test_a_load_that_fails_at_its_end_keeps_nothing(checkpoint, monkeypatch, err
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(NativeEngine, "_keep", fails)
+        patch.setattr(NativeEngine, "_begin_cache_write", fails)
         with pytest.raises((KeyboardInterrupt, ValueError)):
             engine.load()
     gc.collect()

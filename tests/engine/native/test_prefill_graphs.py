@@ -14,7 +14,7 @@ from qwencli.engine.native import prefill_graphs
 from qwencli.engine.native.engine import NativeEngine
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prefill_graphs import BUCKET, SIZES, PrefillGraphs, Size
-from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.native.prompt_inputs import ModelPrompt
 from qwencli.engine.quant.quantized_tensor import Scheme
 from qwencli.errors import RequestError
 from qwencli.messages import GenerationRequest, user_message
@@ -130,7 +130,7 @@ def test_logits_and_cache_of_every_length(captured, quantization, kv):
     graphs = PrefillGraphs(model, cache, SLOTS)
     lengths = (BUCKET + 1, 1, BUCKET - 1, BUCKET, LONGEST, LONGEST + 1, 3)
     for length in lengths:
-        inputs = model.prepare([Prompt([(7 * i) % 89 for i in range(length)])])
+        inputs = model.prepare([ModelPrompt([(7 * i) % 89 for i in range(length)])])
         cache.length = plain.length = 0
         found, expected = graphs.prefill(inputs, cache), model.prefill(inputs, plain)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
@@ -149,7 +149,7 @@ def test_rows_behind_a_prompt_do_not_grow_from_one_replay_to_the_next():
     model = QwenModel(shape, weights.dummy(shape, torch.float32, CPU), SLOTS)
     cache = model.static_cache()
     graphs = PrefillGraphs(model, cache, SLOTS)
-    inputs = model.prepare([Prompt([3, 5])])
+    inputs = model.prepare([ModelPrompt([3, 5])])
     left = []
     for _ in range(3):
         cache.length = 0

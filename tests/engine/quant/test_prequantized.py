@@ -17,7 +17,7 @@ from qwencli.config import LoadFormat, ModelSource, ModelSpec
 from qwencli.engine.loading import weights
 from qwencli.engine.loading.reader import check_stored_scales
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prompt_inputs import Prompt
+from qwencli.engine.native.prompt_inputs import ModelPrompt
 from qwencli.engine.ops.attention import AttentionPlan
 from qwencli.errors import ModelFileError
 from qwencli.models.folder import check_folder
@@ -85,7 +85,7 @@ def write(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
 def logits_of(loaded: weights.LoadedWeights) -> torch.Tensor:
     """Of a prompt's end and of five greedy steps."""
     model = QwenModel(read_shape(TEXT), loaded, 64)
-    inputs = model.prepare([Prompt([5, 9, 33, 70, 2, 41], [])])
+    inputs = model.prepare([ModelPrompt([5, 9, 33, 70, 2, 41], [])])
     cache = model.static_cache()
     rows = [model.prefill(inputs, cache)[0]]
     positions = inputs.next_positions.clone()
