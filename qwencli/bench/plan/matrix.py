@@ -163,6 +163,17 @@ def override(matrix: Matrix, said: Mapping[str, str | None], exclude: Sequence[s
     return replace(matrix, axes=axes, exclude=(*matrix.exclude, *map(_read_exclusion, exclude)))
 
 
+def without_modes(matrix: Matrix, said: Mapping[str, str | None]) -> Matrix:
+    """The matrix as servers run it: what a model is loaded with was chosen where they were started,
+    so of those axes only what the command line says is left."""
+    kept = {
+        axis: values
+        for axis, values in matrix.axes.items()
+        if axis in ("model", "engine") or said.get(axis) is not None
+    }
+    return replace(matrix, axes=kept)
+
+
 def _read_exclusion(text: str) -> Mapping[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for part in text.split(","):

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from qwencli.bench.plan.campaign_plan import Plan, Settings
 from qwencli.bench.plan.environment import read_device_facts
-from qwencli.bench.plan.matrix import AXES, DEFAULT_AXES, expand, override
+from qwencli.bench.plan.matrix import AXES, DEFAULT_AXES, expand, override, without_modes
 from qwencli.bench.plan.matrix_file import (
     EXAMPLE_IMAGE,
     ORIGIN,
     find_image,
     load_matrix,
+    names,
     prompt_or_default,
 )
 from qwencli.bench.plan.stopping import RepetitionOptions, stop_rule
@@ -85,6 +86,8 @@ def prepare(request: BenchRequest) -> tuple[Plan, DeviceFacts]:
     if set(engines) == {EngineName.REMOTE}:
         from qwencli.engine.remote import remote_model
 
+        if matrix.name in names():  # a file that names modes is told of each that it cannot have
+            matrix = without_modes(matrix, request.axes)
         named = functools.partial(remote_model, request.endpoints)
     models = {name: named(name) for name in matrix.axes.get("model", ())}
     facts = read_device_facts(request.device)

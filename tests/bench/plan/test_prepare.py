@@ -25,7 +25,7 @@ SCENES = ModelSpec(
 def prepared(monkeypatch, tmp_path, gpu, cpu):
     def of(
         device="cuda", default=SCENES, load_format=LoadFormat.AUTO, matrix="quick", facts=None,
-        resolved=None, **axes,
+        resolved=None, endpoints=(), **axes,
     ):  # fmt: skip
         monkeypatch.setattr(resolve, "resolve_model", resolved or (lambda name, **_: default))
         facts = facts or (gpu if device == "cuda" else cpu)
@@ -44,6 +44,7 @@ def prepared(monkeypatch, tmp_path, gpu, cpu):
             load_format,
             None,
             24,
+            endpoints=endpoints,
         )
         return preparing.prepare(request)[0]
 
@@ -103,3 +104,19 @@ def test_the_origin_s_matrix_has_its_modes_and_its_columns(prepared):
     assert {("4bit", "flash_attention_2", "keep"), ("none", "sdpa", "reload")} <= modes
     assert {str(cell.engine) for cell in plan.cells} == {"transformers"}
     assert "as_origin" not in prepared().document()  # older campaigns of it can be resumed
+
+
+@pytest.mark.parametrize("matrix", ["default", "quick", "full", "own.toml"])
+def test_of_a_server_there_is_a_cell_for_each_model_unless_modes_are_named(
+    prepared, monkeypatch, tmp_path, matrix
+):
+    """A file of one's own, and the command line, are told which modes a server cannot be given."""
+    (tmp_path / "own.toml").write_text('[axes]\nattention = ["sdpa", "eager"]\n')
+    remote = ModelSpec("served", ModelSource.REMOTE)
+    monkeypatch.setattr("qwencli.engine.remote.remote_model", lambda endpoints, name: remote)
+    asked = {"device": "cpu", "matrix": matrix, "engine": "remote", "endpoints": ("http://h/v1",)}
+    cells = prepared(**asked).cells
+    assert cells[0].skip_reason is None
+    assert len(cells) == (2 if matrix == "own.toml" else 1)
+    *_, refused = prepared(**asked, attention="sdpa,eager").cells
+    assert "it belongs to the server of --endpoint" in refused.skip_reason
