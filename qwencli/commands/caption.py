@@ -87,7 +87,6 @@ def _caption(
     from qwencli.commands.caption_options import CaptionJob, build_caption_config, is_set
     from qwencli.commands.caption_pictures import answer_pictures, print_captions
     from qwencli.dataset.named_inputs import named_inputs
-    from qwencli.dataset.prompting import Template
 
     if not (inputs or chosen.is_used):
         raise UsageError("Missing argument 'IMAGE...'", "name pictures, or a folder of them")
@@ -95,7 +94,12 @@ def _caption(
     named = named_inputs(inputs, chosen.filelist)
     whole_set = is_set(named, chosen, frames)
     thinking, budget = thoughts(think, thinking_budget, run.sampling_options())
-    has_fields = prompt is not None and bool(Template(prompt, "--prompt").fields)
+    template = None
+    if prompt is not None and "{" in prompt:
+        from qwencli.dataset.prompting import Template
+
+        template = Template(prompt, "--prompt")
+    has_fields = template is not None and bool(template.fields)
     is_formatted = options.is_used or chosen.samples > 1 or has_fields
     if thinking and (whole_set or is_formatted):
         if budget is None:
@@ -125,7 +129,8 @@ def _caption(
         else:
             print_captions(job, config)
     else:
-        text = Template(prompt_text(prompt, preset), "--prompt").filled({})
+        text = prompt_text(prompt, preset)
+        text = text if template is None else template.filled({})
         answer_pictures(
             job, text, multi_image=multi_image, thinking=thinking, thinking_budget=budget
         )

@@ -455,7 +455,8 @@ def test_a_caption_is_the_same_and_nothing_heavy_is_loaded_for_it(
     code = (
         "import sys; from qwencli.cli import run; code = run(sys.argv[1:]);"
         "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'httpx', 'rich', 'prompt_toolkit',"
-        " 'qwencli.models.tensors'}; assert not heavy & set(sys.modules); sys.exit(code)"
+        " 'qwencli.models.tensors', 'qwencli.dataset.sources'};"
+        "assert not heavy & set(sys.modules); sys.exit(code)"
     )
     picture, bad = str(Path("examples/scene.png").resolve()), str(tmp_path / "bad.png")
     Path(bad).write_bytes(b"no picture")
