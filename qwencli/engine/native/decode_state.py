@@ -20,7 +20,6 @@ from qwencli.engine.cache.kv_cache import KVCache, QuantizedKVCache, StaticKVCac
 from qwencli.engine.cpu.decoder import CpuDecoder
 from qwencli.engine.device_memory import upload
 from qwencli.engine.frontend.model_files import MAX_STOP_TOKENS
-from qwencli.engine.graphs import GraphRunner
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.sampler import LIKELIEST, Sampler, SamplerKind, TokenMasks, kind_of
 from qwencli.engine.ops.attention import AttentionPlan, Spans, decode_mask
@@ -316,6 +315,8 @@ class GraphStepper:
     """
 
     def __init__(self, state: DecodeState) -> None:
+        from qwencli.engine.graphs import GraphRunner
+
         self._state = state
         self._graphs = GraphRunner(state.model.device)
 

@@ -47,7 +47,6 @@ from qwencli.engine.native.decode_state import STEPPERS, DecodeState, decodes_on
 from qwencli.engine.native.generate import Generation, row_logits
 from qwencli.engine.native.memory_plan import MemoryPlan, plan_memory
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prefill_graphs import PrefillGraphs
 from qwencli.engine.native.supported import (
     batch_invariant_for,
     check_supported,
@@ -314,6 +313,11 @@ class NativeEngine(BaseEngine):
             )
             self._model = model
             if store is not None and state is not None:
+                prompts = None
+                if cache is Cache.STATIC_GRAPH:
+                    from qwencli.engine.native.prefill_graphs import PrefillGraphs
+
+                    prompts = PrefillGraphs(model, store, slots, self._plan.graph_sizes)
                 self._generation = Generation(
                     model,
                     state,
@@ -321,9 +325,7 @@ class NativeEngine(BaseEngine):
                     effective,
                     self._vision_cache,
                     self._speculator(state, cache),
-                    PrefillGraphs(model, store, slots, self._plan.graph_sizes)
-                    if cache is Cache.STATIC_GRAPH
-                    else None,
+                    prompts,
                 )
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)

@@ -15,7 +15,6 @@ from qwencli.engine.event_timer import EventTimer, Mark
 from qwencli.engine.layers.vision_tower import VisionFeatures, join_features
 from qwencli.engine.native.decode_state import DecodeState, Stepper
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prefill_graphs import PrefillGraphs, PrefillRunner
 from qwencli.engine.native.prompt_inputs import ModelPrompt
 from qwencli.engine.native.sampler import LIKELIEST, SamplerKind, kind_of
 from qwencli.engine.ops.attention import AttentionPlan
@@ -26,6 +25,7 @@ from qwencli.tracing import span
 
 if TYPE_CHECKING:
     from qwencli.engine.constrained import TokenMatcher
+    from qwencli.engine.native.prefill_graphs import PrefillGraphs, PrefillRunner
     from qwencli.engine.spec_decode.verify import Speculator
 
 # Steps on their way to the GPU beyond the one being read. Enough that a host thread that is kept

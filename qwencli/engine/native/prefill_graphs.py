@@ -35,12 +35,12 @@ from qwencli.engine.graphs import GraphRunner
 from qwencli.engine.layers.decoder import DeepStack
 from qwencli.engine.layers.vision_layout import EqualSegments, Grid
 from qwencli.engine.layers.vision_tower import (
-    UNDIVIDED,
     Offsets,
     PreparedGrids,
     VisionFeatures,
     VisionTower,
 )
+from qwencli.engine.native.memory_plan import SIZES, GraphSizes
 from qwencli.engine.native.model import QwenModel
 from qwencli.engine.native.prompt_inputs import PromptInputs
 from qwencli.engine.ops.attention import AttentionPlan, can_flash_decode, prompt_plan
@@ -53,21 +53,6 @@ PATCH_BUCKET = 128
 PADDED_PATCHES = 2048
 # A few more than a session of single pictures can need.
 GRAPHS_KEPT = 32
-
-
-@dataclass(frozen=True)
-class GraphSizes:
-    """Tokens of the longest prompt, and patches of the largest picture, that are graphs."""
-
-    tokens: int
-    patches: int
-
-
-# A picture that is encoded whole and the text around it. The kernels of 1,039 tokens and their
-# 4,096 patches take an H200 21 ms with a 4B model, and its host 28 to launch one by one.
-SIZES = GraphSizes(tokens=2304, patches=UNDIVIDED)
-# The same where memory is short: 270 MB less of a 4B model.
-SMALL_SIZES = GraphSizes(tokens=1024, patches=2048)
 
 
 @dataclass(frozen=True)

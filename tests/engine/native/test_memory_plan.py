@@ -16,11 +16,12 @@ from qwencli.engine.native.batch_plan import (
 )
 from qwencli.engine.native.memory_plan import (
     DEFAULT_MAX_SEQ_LEN,
+    SIZES,
+    SMALL_SIZES,
     TEXT_TOKENS,
     head_input_bytes,
     plan_memory,
 )
-from qwencli.engine.native.prefill_graphs import SIZES, SMALL_SIZES
 from qwencli.engine.spec_decode.mtp import HeadInputs
 from qwencli.errors import OutOfMemoryError
 from qwencli.models.builtin import hub_config

@@ -12,8 +12,9 @@ from qwencli.engine.graphs import GraphRunner
 from qwencli.engine.loading import weights
 from qwencli.engine.native import prefill_graphs
 from qwencli.engine.native.engine import NativeEngine
+from qwencli.engine.native.memory_plan import SIZES
 from qwencli.engine.native.model import QwenModel
-from qwencli.engine.native.prefill_graphs import BUCKET, SIZES, PrefillGraphs, Size
+from qwencli.engine.native.prefill_graphs import BUCKET, PrefillGraphs, Size
 from qwencli.engine.native.prompt_inputs import ModelPrompt
 from qwencli.engine.quant.quantized_tensor import Scheme
 from qwencli.errors import RequestError
