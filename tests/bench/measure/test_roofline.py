@@ -29,6 +29,8 @@ def test_mbu_is_bytes_times_speed_over_bandwidth():
     assert found["gpu_busy_percent"] == pytest.approx(40.0)
     assert found["bottleneck"] is Bottleneck.BANDWIDTH
     assert found["launches_per_token"] == 443.0
+    # No GPU is busy for longer than there is time.
+    assert roofline_columns(ROW, 100.0, 3.9)["gpu_busy_percent"] == 100.0
 
 
 def test_what_was_not_measured_is_none():
